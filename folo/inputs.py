@@ -1,0 +1,79 @@
+"""The arrays that cross from the host to the device for one step: all that the device function reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+# A sequence's sampling parameters, one C struct: packed once when the request is submitted, joined
+# to columns at every step.
+SAMPLING = np.dtype(
+    [
+        ("temperature", "<f4"),
+        ("min_p", "<f4"),
+        ("top_p", "<f4"),
+        ("repetition", "<f4"),
+        ("presence", "<f4"),
+        ("frequency", "<f4"),
+        ("top_k", "<i8"),
+        ("seed", "<i8"),
+        ("sample_index", "<i8"),
+    ]
+)
+
+ROWS_PER_TILE = 64  # bounds the memory of float32 logits: 64 rows of the vocabulary at a time
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """Ragged history and bias of the rows of one tile, as `folo.ops.penalize` takes them."""
+
+    history: Tensor  # int64[H]
+    history_start: Tensor  # int64[R + 1]
+    prompt_len: Tensor  # int64[R]
+    repetition: Tensor  # float32[R]
+    presence: Tensor  # float32[R]
+    frequency: Tensor  # float32[R]
+    bias_row: Tensor  # int64[B]
+    bias_id: Tensor  # int64[B]
+    bias_value: Tensor  # float32[B]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """At most ROWS_PER_TILE rows of which logits are wanted: to sample from, or to score a target.
+
+    What no row of the tile asks for is left out (None, or num_logprobs == -1): the ops are exact
+    no-ops for rows that do not ask, so leaving one out changes no bit.
+    """
+
+    index: Tensor  # int64[R], rows of the hidden states
+    target: Tensor  # int64[R], the token to score, or -1 to sample one
+    temperature: Tensor  # float32[R]
+    min_p: Tensor  # float32[R]
+    top_k: Tensor  # int64[R]
+    top_p: Tensor  # float32[R]
+    seed: Tensor  # int64[R], bits of the unsigned seed
+    position: Tensor  # int64[R], absolute index of the token to sample
+    sample_index: Tensor  # int64[R]
+    processed: Tensor  # bool[R], logprobs of the processed logits, not the raw ones
+    penalties: Penalties | None
+    warped: bool
+    num_logprobs: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """T tokens of S sequences, in order; B is the longest block table."""
+
+    token_ids: Tensor  # int64[T]
+    positions: Tensor  # int64[T]
+    slots: Tensor  # int64[T], block * block_size + offset
+    query_start: Tensor  # int32[S + 1]
+    seq_lens: Tensor  # int32[S], context length including this step's tokens
+    block_tables: Tensor  # int32[S, B], 0 where a table is shorter
+    copy_source: Tensor  # int64[C], blocks to copy before anything is written
+    copy_target: Tensor  # int64[C]
+    rows: tuple[Rows, ...]

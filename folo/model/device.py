@@ -1,0 +1,67 @@
+"""The device function of a step: tensors in, tensors out; nothing here knows of states or requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from folo import ops
+from folo.inputs import Inputs, Rows
+from folo.model.forward import attend_in_heap, hidden_states, logits
+from folo.model.params import Params
+
+_SAMPLING = 0  # the counter's third word: what a random number is for
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """ids int64 `[R]`; logprob float32 `[R]`, rank int64 `[R]`, top_* `[R, k]`, or None if no row asked."""
+
+    ids: Tensor
+    logprob: Tensor | None
+    rank: Tensor | None
+    top_ids: Tensor | None
+    top_logprobs: Tensor | None
+
+
+def run(params: Params, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+    """Write K and V of the step's tokens into the heap (in place) -> hidden states `[T, D]`."""
+    if inputs.copy_source.numel():
+        ops.copy_blocks(k, v, inputs.copy_source, inputs.copy_target)
+    attend = attend_in_heap(params.config, k, v, inputs)
+    return hidden_states(params, inputs.token_ids, inputs.positions, attend)
+
+
+def row_logits(params: Params, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """-> the model's logits of the rows and the processed ones, float32 `[R, V]` each."""
+    raw = logits(params, hidden[rows.index], ops)
+    processed = raw
+    if (p := rows.penalties) is not None:
+        processed = ops.penalize(
+            processed,
+            p.history,
+            p.history_start,
+            p.prompt_len,
+            p.repetition,
+            p.presence,
+            p.frequency,
+            p.bias_row,
+            p.bias_id,
+            p.bias_value,
+        )
+    if rows.warped:
+        processed = ops.warp(processed, rows.temperature, rows.min_p, rows.top_k, rows.top_p)
+    return raw, processed
+
+
+def sample(raw: Tensor, processed: Tensor, rows: Rows) -> Sampled:
+    """Draw a token from each row's processed logits, or take its target, and score it."""
+    u = ops.philox(rows.seed, rows.position, rows.sample_index, _SAMPLING)
+    drawn = ops.draw(processed, rows.temperature == 0, u)
+    ids = torch.where(rows.target >= 0, rows.target, drawn)
+    if rows.num_logprobs < 0:
+        return Sampled(ids, None, None, None, None)
+    scored = torch.where(rows.processed[:, None], processed, raw)
+    return Sampled(ids, *ops.pick_logprobs(scored, ids, rows.num_logprobs))

@@ -1,0 +1,127 @@
+"""The decoder as a pure function of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from folo import ops
+from folo.errors import ConfigError
+from folo.inputs import Inputs
+from folo.model.config import DecoderConfig
+from folo.model.params import Layer, Linear, Params
+from folo.ops import reference
+
+# attend(layer index, layer, qkv [T, (Hq + 2 Hkv) E], angles [T, E]) -> [T, Hq E]
+Attend = Callable[[int, Layer, Tensor, Tensor], Tensor]
+
+_BLOCK = 16  # `forward` keeps K and V in blocks too: the attention op knows no other layout
+
+
+def _linear(x: Tensor, weights: Linear, op: Any) -> Tensor:
+    return op.linear(x, weights.weight, weights.bias)
+
+
+def hidden_states(
+    params: Params, token_ids: Tensor, positions: Tensor, attend: Attend, op: Any = ops
+) -> Tensor:
+    """token_ids and positions int64 `[T]` -> the last layer's normalised hidden states `[T, D]`.
+
+    `op` holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
+    """
+    eps = params.config.rms_norm_eps
+    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+    inv_freq = params.config.inv_freq().to(token_ids.device, dtype)
+    angles = op.rope_angles(positions, inv_freq)
+    residual = params.embed[token_ids]
+    x = op.rms_norm(residual, params.layers[0].input_norm, eps)
+    following = (*(layer.input_norm for layer in params.layers[1:]), params.norm)
+    for index, (layer, next_norm) in enumerate(zip(params.layers, following, strict=True)):
+        x = attend(index, layer, _linear(x, layer.qkv, op), angles)
+        x, residual = op.add_rms_norm(_linear(x, layer.out, op), residual, layer.post_norm, eps)
+        x = _linear(op.silu_mul(_linear(x, layer.gate_up, op)), layer.down, op)
+        x, residual = op.add_rms_norm(x, residual, next_norm, eps)
+    return x
+
+
+def logits(params: Params, hidden: Tensor, op: Any = ops) -> Tensor:
+    """hidden `[R, D]` -> logits `[R, V]`, float32 (float64 for float64 params)."""
+    head = Linear(params.embed) if params.lm_head is None else params.lm_head
+    out = _linear(hidden, head, op)
+    return out if out.dtype == torch.float64 else out.float()
+
+
+def attend_in_heap(config: DecoderConfig, k: Tensor, v: Tensor, inputs: Inputs) -> Attend:
+    """Attention over the heap's blocks: write this step's K and V, then read the whole context.
+
+    k and v `[L, num_blocks, block_size, Hkv, E]` are written in place, at `inputs.slots` only.
+    """
+    scale = config.head_dim**-0.5
+
+    def attend(index: int, layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
+        q = ops.qk_norm_rope_write(
+            qkv, angles, layer.q_norm, layer.k_norm, config.rms_norm_eps, k[index], v[index], inputs.slots
+        )
+        out = ops.paged_attention(
+            q, k[index], v[index], inputs.block_tables, inputs.query_start, inputs.seq_lens, scale
+        )
+        return out.flatten(1)
+
+    return attend
+
+
+def forward(params: Params, token_ids: Tensor) -> Tensor:
+    """Logits of a whole sequence: token_ids `[T]` (any integer dtype) -> `[T, V]` float32.
+
+    Bit for bit what the engine computes for the same tokens. Under `torch.func` transforms (grad,
+    jvp, vmap, ...) or autograd on `params` it runs the same arithmetic in plain differentiable
+    torch. float64 params give float64 logits.
+
+    Raises:
+        ConfigError: token_ids is not one-dimensional and non-empty, or longer than the model allows.
+    """
+    config = params.config
+    if token_ids.ndim != 1 or not token_ids.numel():
+        raise ConfigError(f"token_ids must have shape [T] with T >= 1, got {tuple(token_ids.shape)}")
+    length = token_ids.shape[0]
+    if length > config.max_position_embeddings:
+        raise ConfigError(f"{length} tokens exceed the model's {config.max_position_embeddings} positions")
+    inputs = _one_sequence(token_ids.to(params.device, torch.int64))
+    blocks = (inputs.block_tables.shape[1], _BLOCK, config.num_kv_heads, config.head_dim)
+
+    def attend(index: int, layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
+        q, k, v = reference.qk_norm_rope(
+            qkv, angles, layer.q_norm, layer.k_norm, config.rms_norm_eps, config.num_kv_heads
+        )
+        pad = k.new_zeros((-length % _BLOCK, *k.shape[1:]))
+        k, v = (torch.cat((x, pad)).view(blocks) for x in (k, v))
+        tables, start, lens = inputs.block_tables, inputs.query_start, inputs.seq_lens
+        return reference.paged_attention(q, k, v, tables, start, lens, config.head_dim**-0.5).flatten(1)
+
+    if _differentiated(params):
+        hidden = hidden_states(params, inputs.token_ids, inputs.positions, attend, reference)
+        return logits(params, hidden, reference)
+    k, v = params.embed.new_zeros((2, config.num_layers, *blocks))
+    attend = attend_in_heap(config, k, v, inputs)
+    return logits(params, hidden_states(params, inputs.token_ids, inputs.positions, attend))
+
+
+def _one_sequence(token_ids: Tensor) -> Inputs:
+    length, device = token_ids.shape[0], token_ids.device
+    positions = torch.arange(length, device=device)
+    start = torch.tensor([0, length], dtype=torch.int32, device=device)
+    tables = torch.arange(-(-length // _BLOCK), dtype=torch.int32, device=device)[None]
+    none = positions[:0]
+    return Inputs(token_ids, positions, positions, start, start[1:], tables, none, none, ())
+
+
+def _differentiated(params: Params) -> bool:
+    """Whether a torch.func transform or autograd is at work, which an opaque op would silently stop."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    leaves = pytree.tree_leaves(params)
+    return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)

@@ -1,0 +1,88 @@
+"""Model weights as a frozen pytree: tensors are leaves, the architecture is context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from folo.model.config import DecoderConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """`x @ weight.T + bias`. weight `[N, K]`, bias `[N]` or None, both in the model's dtype."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One decoder layer. D = hidden, Hq/Hkv = query/KV heads, E = head_dim, I = intermediate."""
+
+    input_norm: Tensor  # [D]
+    qkv: Linear  # weight [(Hq + 2 Hkv) E, D], rows: all queries, then keys, then values
+    q_norm: Tensor | None  # [E]
+    k_norm: Tensor | None  # [E]
+    out: Linear  # weight [D, Hq E]
+    post_norm: Tensor  # [D]
+    gate_up: Linear  # weight [2 I, D], rows: gate, then up
+    down: Linear  # weight [D, I]
+
+
+@dataclass(frozen=True, eq=False)
+class Params:
+    """All weights of one decoder. Never changed in place; `torch.func` transforms take it as a pytree."""
+
+    embed: Tensor  # [V, D]
+    layers: tuple[Layer, ...]
+    norm: Tensor  # [D]
+    lm_head: Linear | None  # None: tied to `embed`
+    config: DecoderConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.numel() for leaf in pytree.tree_leaves(self))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(self))
+
+
+def _register(cls: type, context: tuple[str, ...] = ()) -> None:
+    names = [field.name for field in fields(cls) if field.name not in context]
+
+    def flatten(value: Any) -> tuple[list[Any], Any]:
+        return [getattr(value, name) for name in names], tuple(getattr(value, name) for name in context)
+
+    def unflatten(children: Any, extra: Any) -> Any:
+        return cls(**dict(zip(names, children, strict=True)), **dict(zip(context, extra, strict=True)))
+
+    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
+        children, extra = flatten(value)
+        return [(pytree.GetAttrKey(name), child) for name, child in zip(names, children, strict=True)], extra
+
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        serialized_type_name=f"folo.{cls.__name__}",
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+
+
+_register(Linear)
+_register(Layer)
+_register(Params, context=("config",))

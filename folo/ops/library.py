@@ -1,0 +1,108 @@
+"""Registration of the ops with torch.library: schema, implementation, shape function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from folo.ops import reference, sampler
+
+_LIBRARY = torch.library.Library("folo", "DEF")
+
+
+def _op(schema: str, implementation: Callable[..., Any], shape: Callable[..., Any]) -> Callable[..., Any]:
+    """Define `folo::<schema>`; `shape` returns empty outputs, for tracing without data."""
+    _LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"folo::{name}", shape, lib=_LIBRARY)
+    return getattr(torch.ops.folo, name).default
+
+
+def _rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    return logits.new_empty(logits.shape[:1], dtype=dtype)
+
+
+linear = _op(
+    "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    reference.linear,
+    lambda x, weight, bias=None: x.new_empty((x.shape[0], weight.shape[0])),
+)
+rms_norm = _op(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    reference.rms_norm,
+    lambda x, weight, eps: torch.empty_like(x),
+)
+add_rms_norm = _op(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    reference.add_rms_norm,
+    lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x)),
+)
+silu_mul = _op(
+    "silu_mul(Tensor gate_up) -> Tensor",
+    reference.silu_mul,
+    lambda gate_up: gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)),
+)
+rope_angles = _op(
+    "rope_angles(Tensor positions, Tensor inv_freq) -> Tensor",
+    reference.rope_angles,
+    lambda positions, inv_freq: inv_freq.new_empty((positions.shape[0], 2 * inv_freq.shape[0])),
+)
+qk_norm_rope_write = _op(
+    "qk_norm_rope_write(Tensor qkv, Tensor angles, Tensor? q_norm, Tensor? k_norm, float eps, "
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> Tensor",
+    reference.qk_norm_rope_write,
+    lambda qkv, angles, q_norm, k_norm, eps, k_cache, v_cache, slots: qkv.new_empty(
+        (qkv.shape[0], qkv.shape[1] // angles.shape[1] - 2 * k_cache.shape[2], angles.shape[1])
+    ),
+)
+paged_attention = _op(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_start, "
+    "Tensor seq_lens, float scale) -> Tensor",
+    reference.paged_attention,
+    lambda q, *_: torch.empty_like(q),
+)
+copy_blocks = _op(
+    "copy_blocks(Tensor(a!) k, Tensor(b!) v, Tensor source, Tensor target) -> ()",
+    reference.copy_blocks,
+    lambda k, v, source, target: None,
+)
+philox = _op(
+    "philox(Tensor seed, Tensor position, Tensor sample_index, int purpose) -> Tensor",
+    sampler.philox,
+    lambda seed, position, sample_index, purpose: _rows(seed, torch.float32),
+)
+penalize = _op(
+    "penalize(Tensor logits, Tensor history, Tensor history_start, Tensor prompt_len, Tensor repetition, "
+    "Tensor presence, Tensor frequency, Tensor bias_row, Tensor bias_id, Tensor bias_value) -> Tensor",
+    sampler.penalize,
+    lambda logits, *_: torch.empty_like(logits),
+)
+warp = _op(
+    "warp(Tensor logits, Tensor temperature, Tensor min_p, Tensor top_k, Tensor top_p) -> Tensor",
+    sampler.warp,
+    lambda logits, *_: torch.empty_like(logits),
+)
+draw = _op(
+    "draw(Tensor logits, Tensor greedy, Tensor u) -> Tensor",
+    sampler.draw,
+    lambda logits, greedy, u: _rows(logits, torch.int64),
+)
+log_softmax = _op(
+    "log_softmax(Tensor logits) -> Tensor",
+    sampler.log_softmax,
+    lambda logits: torch.empty_like(logits),
+)
+pick_logprobs = _op(
+    "pick_logprobs(Tensor logits, Tensor ids, int k) -> (Tensor, Tensor, Tensor, Tensor)",
+    sampler.pick_logprobs,
+    lambda logits, ids, k: (
+        _rows(logits, torch.float32),
+        _rows(logits, torch.int64),
+        logits.new_empty((logits.shape[0], k), dtype=torch.int64),
+        logits.new_empty((logits.shape[0], k)),
+    ),
+)

@@ -1,0 +1,249 @@
+"""Every op of the forward pass in plain torch: the oracle that all kernels are held to.
+
+The contract (`folo.ops`): a row of the output depends, bit for bit, on that row's inputs alone. In
+plain torch it is kept by using only
+
+- elementwise + - * / sqrt, comparisons and max, which IEEE 754 rounds in one way, and exp, cos and
+  sin on contiguous float32, which torch computes with one vector routine throughout;
+- sums over a row as pairwise halving (`row_sum`), an order that the length alone decides. torch.sum
+  would split a long row between threads;
+- matrix products of one fixed shape. Libraries choose their kernel, and with it the order of
+  summation, by the shape: so rows go in tiles of ROW_TILE, and in float32 K goes in chunks of
+  K_CHUNK, added in order, with N padded to a multiple of N_TILE (below that, kernels for the edge
+  depend on the number of threads). Stock bfloat16 products keep the contract where the CPU has
+  bfloat16 instructions; elsewhere they are emulated, do not, and are widened to float32 here.
+
+Everything is differentiable and works under torch.func. float64 stays float64 throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from folo.ops.reduce import row_sum
+
+ROW_TILE = 16  # rows of a matrix product, and query rows of an attention tile
+K_CHUNK = 512
+N_TILE = 64
+KV_TILE = 128  # keys of an attention tile, whatever the block size
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the accumulation dtype: float64 stays, all else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _native(x: Tensor) -> bool:
+    """Whether stock products of this dtype and device keep one order of summation for a fixed shape."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x `[M, K]` @ weight `[N, K]`.T + bias `[N]` -> `[M, N]` in x's dtype, accumulated in float32."""
+    m, n = x.shape[0], weight.shape[0]
+    native = _native(x)
+    a, b = (x, weight) if native else (_wide(x), _wide(weight))
+    k_pad, n_pad = -a.shape[1] % 32, -n % N_TILE
+    a = F.pad(a, (0, k_pad, 0, -m % ROW_TILE))
+    if k_pad or n_pad:
+        b = F.pad(b, (0, k_pad, 0, n_pad))
+    chunks = [(a, b)] if native else list(zip(a.split(K_CHUNK, 1), b.split(K_CHUNK, 1), strict=True))
+    tiles = []
+    for start in range(0, a.shape[0], ROW_TILE):
+        parts = [u[start : start + ROW_TILE] @ w.t() for u, w in chunks]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        tiles.append(total)
+    out = torch.cat(tiles)[:m, :n] if tiles else a.new_empty((0, n))
+    if bias is not None:
+        out = out + bias
+    return out.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last dim (Zhang & Sennrich 2019), in float32 within.
+
+    x `[..., D]`, weight `[D]` -> `[..., D]` in x's dtype.
+    """
+    wide = _wide(x)
+    scale = 1 / torch.sqrt(row_sum(wide * wide).unsqueeze(-1) / x.shape[-1] + eps)
+    return (wide * scale * _wide(weight)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> (rms_norm(x + residual), x + residual); x and residual `[M, D]` in one dtype."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up; gate_up `[M, 2 I]`, gate first -> `[M, I]` in its dtype, in float32 within."""
+    gate, up = _wide(gate_up).chunk(2, -1)
+    gate = gate.contiguous()
+    return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
+
+
+def rope_angles(positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """cos and sin of position * inv_freq (Su et al. 2021).
+
+    positions int64 `[T]`, inv_freq `[E/2]` float32 (or float64) -> `[T, E]`: E/2 cosines, E/2 sines.
+    """
+    angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
+    return torch.cat((torch.cos(angles), torch.sin(angles)), -1)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    angles: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split, normalise each head of q and k where the model does, and rotate (half-split layout).
+
+    qkv `[T, (Hq + 2 Hkv) E]`, angles `[T, E]`, norms `[E]` -> q `[T, Hq, E]`, k and v `[T, Hkv, E]`.
+    """
+    heads = qkv.view(qkv.shape[0], -1, angles.shape[-1])
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+    cos, sin = angles.unsqueeze(1).chunk(2, -1)
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = _wide(x).chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+    return rotate(q), rotate(k), v
+
+
+def qk_norm_rope_write(
+    qkv: Tensor,
+    angles: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """`qk_norm_rope`, with k and v written to the caches; returns q `[T, Hq, E]`.
+
+    caches `[num_blocks, block_size, Hkv, E]`; slots int64 `[T]`: block * block_size + offset, or
+    negative for a padding row, which is written nowhere.
+    """
+    q, k, v = qk_norm_rope(qkv, angles, q_norm, k_norm, eps, k_cache.shape[-2])
+    live = slots >= 0
+    k_cache.view(-1, *k.shape[1:])[slots[live]] = k[live]
+    v_cache.view(-1, *v.shape[1:])[slots[live]] = v[live]
+    return q
+
+
+def copy_blocks(k: Tensor, v: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy whole blocks in every layer of the heap; k and v `[L, num_blocks, ...]`, indices int64 `[C]`."""
+    k[:, target] = k[:, source]
+    v[:, target] = v[:, source]
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention of each sequence's last tokens to its whole context, K and V in blocks.
+
+    q `[T, Hq, E]`: sequence s has rows query_start[s]:query_start[s+1], its last tokens, of
+    seq_lens[s] in all. caches `[num_blocks, block_size, Hkv, E]`, block_tables int32 `[S, B]`,
+    query_start int32 `[S+1]`, seq_lens int32 `[S]` -> `[T, Hq, E]` in q's dtype.
+
+    One order for every row: tiles of KV_TILE keys from position 0 upward under an online softmax
+    (Milakov & Gimelshein 2018; Dao et al. 2022), in float32. The query rows of a KV head go in
+    tiles of ROW_TILE, so each product has one shape. A tile that a row cannot see is an exact
+    no-op for it: its weights are exp(-inf) = 0, and the rescaling is exp(0) = 1.
+    """
+    tiles = _query_tiles(q, k_cache.shape[2], query_start.tolist(), seq_lens.tolist())
+    if tiles is None:
+        return q.new_empty(q.shape)
+    rows, tile_sequence, position, unsort = tiles
+    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    k_flat, v_flat = k_cache.view(-1, num_kv_heads, head_dim), v_cache.view(-1, num_kv_heads, head_dim)
+    last = position.amax(-1)
+    top = position.new_full(position.shape, -torch.inf, dtype=rows.dtype)[:, None].expand(rows.shape[:-1])
+    total, acc = torch.zeros_like(rows[..., 0]), torch.zeros_like(rows)
+    for start in range(0, int(last[0]) + 1, KV_TILE):
+        n = int((last >= start).sum())  # tiles stand in descending order of their last position
+        keys = torch.arange(start, start + KV_TILE, device=q.device)
+        column = (keys // block_size).clamp(max=block_tables.shape[1] - 1)
+        slots = block_tables[:, column].long() * block_size + keys % block_size
+        inside = keys < seq_lens[:, None]
+        slots = torch.where(inside, slots, 0)
+        # What lies beyond a sequence's end is of others: masked here so that 0 * it is 0.
+        values = torch.where(inside[..., None, None], v_flat[slots], 0)
+        k_tile = _by_head(k_flat[slots])[tile_sequence[:n]]
+        v_tile = _by_head(values)[tile_sequence[:n]]
+        scores = _batched(rows[:n], k_tile.transpose(-1, -2)) * scale
+        visible = keys <= position[:n, None, :, None]
+        scores = torch.where(visible, scores, -torch.inf)
+        new_top = torch.maximum(top[:n], scores.amax(-1))
+        fade = torch.exp(top[:n] - new_top)
+        weights = torch.exp(scores - new_top[..., None])
+        top = torch.cat((new_top, top[n:]))
+        total = torch.cat((total[:n] * fade + row_sum(weights), total[n:]))
+        acc = torch.cat((acc[:n] * fade[..., None] + _batched(weights, v_tile), acc[n:]))
+    out = (acc / total[..., None]).transpose(1, 2).reshape(-1, num_kv_heads, head_dim)
+    return out[unsort].view(q.shape[0], -1, num_kv_heads, head_dim).transpose(1, 2).reshape(q.shape).to(q.dtype)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """`[..., T, H, E]` -> `[..., H, T, E]`, contiguous: a product's layout is part of its shape."""
+    return _wide(x).transpose(1, 2).contiguous()
+
+
+def _batched(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(*a.shape[:-1], b.shape[-1])
+
+
+def _query_tiles(
+    q: Tensor, num_kv_heads: int, query_start: list[int], seq_lens: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Cut the query rows of each (sequence, KV head) into tiles, those with the longest context first.
+
+    -> rows `[N, Hkv, ROW_TILE, E]`, the tile's sequence `[N]`, its rows' positions `[N, ROW_TILE]`,
+    and for each (token, head of its group) in order the row that holds it `[T * Hq/Hkv]`; None for
+    an empty batch.
+    """
+    group = q.shape[1] // num_kv_heads
+    tiles: list[tuple[int, int, int]] = []  # (last position, sequence, first row)
+    for s, length in enumerate(seq_lens):
+        num_rows = (query_start[s + 1] - query_start[s]) * group
+        for first in range(0, num_rows, ROW_TILE):
+            tokens = (min(first + ROW_TILE, num_rows) - 1) // group - num_rows // group
+            tiles.append((length + tokens, s, first))
+    if not tiles:
+        return None
+    tiles.sort(reverse=True)
+    device = q.device
+    sequence = torch.tensor([s for _, s, _ in tiles], device=device)
+    first = torch.tensor([f for _, _, f in tiles], device=device)
+    starts, lengths = torch.tensor(query_start, device=device), torch.tensor(seq_lens, device=device)
+    count = (starts[1:] - starts[:-1])[sequence, None]
+    row = first[:, None] + torch.arange(ROW_TILE, device=device)
+    real = row < count * group
+    row = torch.where(real, row, 0)  # padding rows repeat row 0, whose position every tile reaches
+    token = starts[sequence, None] + row // group
+    position = lengths[sequence, None] - count + row // group
+    heads = q.view(q.shape[0], num_kv_heads, group, -1)
+    rows = _by_head(heads[token, :, row % group])
+    where = torch.empty(q.shape[0] * group, dtype=torch.int64, device=device)
+    where[(token * group + row % group)[real]] = real.flatten().nonzero()[:, 0]
+    return rows, sequence, position, where

@@ -1,0 +1,106 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from folo.errors import RequestError
+from folo.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    Args:
+        prompt_token_ids: the prompt, at least one token.
+        sampling: how to continue it.
+        id: unique among the requests that a state holds.
+        priority: under the "priority" policy a lower value runs first; ties by arrival.
+        cache_salt: requests share cached prefixes only with requests of the same salt.
+        prompt: the text that the ids came from, carried through to the output.
+
+    Raises:
+        RequestError: an empty prompt, ids that are not integers, an empty id.
+    """
+
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    id: str = "0"
+    priority: int = 0
+    cache_salt: str = ""
+    prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise RequestError(f"request id {self.id!r} must be a non-empty string")
+        try:
+            ids = tuple(operator.index(token) for token in self.prompt_token_ids)
+        except TypeError as error:
+            raise RequestError(f"request {self.id!r}: prompt_token_ids must be ints ({error})") from None
+        if not ids:
+            raise RequestError(f"request {self.id!r}: the prompt is empty; give at least one token id")
+        if not isinstance(self.sampling, SamplingParams):
+            raise RequestError(f"request {self.id!r}: sampling must be SamplingParams, got {self.sampling!r}")
+        if not isinstance(self.priority, int):
+            raise RequestError(f"request {self.id!r}: priority {self.priority!r} is not an int")
+        if not isinstance(self.cache_salt, str):
+            raise RequestError(f"request {self.id!r}: cache_salt {self.cache_salt!r} is not a string")
+        object.__setattr__(self, "prompt_token_ids", ids)
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of one token at one position.
+
+    rank: 1 for the most likely token. decoded_token: None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One continuation of a prompt.
+
+    finish_reason: None while it runs, then "stop", "length" or "abort". stop_reason: the stop
+    string or stop token id that ended it. lineage: the forks that it descends from, oldest first,
+    as (parent request id, tokens kept, seed).
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    seed: int
+    lineage: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request and its continuations: the best n of best_of once finished, all of them before.
+
+    prompt_logprobs: None for the first prompt token, then {token id: Logprob} for each.
+    num_cached_tokens: prompt tokens whose K and V came from the prefix cache (sample 0).
+    metrics: filled by the shell (LLM, LLMEngine), which owns the clock; seconds and tokens a second.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)

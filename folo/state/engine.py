@@ -1,0 +1,171 @@
+"""The engine state: a frozen pytree. Every transition returns a new one and leaves the old one valid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from folo.config import CacheConfig, SchedulerConfig
+from folo.errors import ConfigError, RequestError
+from folo.request import Request
+from folo.state.heap import KVHeap
+from folo.state.map import Map
+from folo.state.pool import Pool
+from folo.state.sequence import Sequence
+
+if TYPE_CHECKING:
+    from folo.model.params import Params
+
+# Steps whose blocks may be in the air at once: the one being computed, while its source is held.
+_IN_FLIGHT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that the state holds, and those of its sequences that have finished, by sample."""
+
+    request: Request
+    arrival: int
+    num_samples: int
+    finished: Map[int, Sequence] = field(default_factory=Map)
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What has happened in this state's history. Tokens, except where named otherwise."""
+
+    steps: int = 0
+    preemptions: int = 0  # sequences
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class EngineState:
+    """The whole engine as a value.
+
+    A sequence stands in exactly one of `running`, `waiting` (both in the order of `rank`) and the
+    `finished` of its request. `params` and `heap` are context: they are compared by identity.
+    """
+
+    running: tuple[Sequence, ...]
+    waiting: tuple[Sequence, ...]
+    requests: Map[str, Admitted]
+    pool: Pool
+    arrivals: int
+    counters: Counters
+    seed: int
+    max_model_len: int
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    params: Params
+    heap: KVHeap
+    tokenizer: Any
+
+    def rank(self, sequence: Sequence) -> tuple[int, int, int]:
+        """Who goes first: the priority if the policy says so, then arrival, then sample."""
+        origin = sequence.origin
+        priority = origin.request.priority if self.scheduler.policy == "priority" else 0
+        return priority, origin.arrival, origin.sample
+
+    def admitted(self, id: str) -> Admitted:
+        """The request of this id; raises RequestError if the state holds none."""
+        request = self.requests.get(id)
+        if request is None:
+            raise RequestError(f"no request {id!r} in this state: never submitted, or collected already")
+        return request
+
+    def sequences(self, id: str) -> list[Sequence]:
+        """Every sequence of a request, by sample, wherever it stands."""
+        found = [s for queue in (self.running, self.waiting) for s in queue if s.id == id]
+        found += [s for _, s in self.admitted(id).finished.items()]
+        return sorted(found, key=lambda s: s.origin.sample)
+
+
+def init(
+    params: Params,
+    cache: CacheConfig | None = None,
+    scheduler: SchedulerConfig | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+) -> EngineState:
+    """An empty state over a new KV heap on the parameters' device.
+
+    tokenizer: needed for stop strings and for text in the outputs.
+
+    Raises:
+        ConfigError: the heap would hold no block, or max_model_len exceeds the model or the heap.
+    """
+    cache = CacheConfig() if cache is None else cache
+    scheduler = SchedulerConfig() if scheduler is None else scheduler
+    config = params.config
+    block_bytes = 2 * config.num_layers * cache.block_size * config.num_kv_heads * config.head_dim
+    block_bytes *= params.dtype.itemsize
+    chunk_blocks = -(-scheduler.max_num_batched_tokens // cache.block_size)
+    margin = _IN_FLIGHT * (chunk_blocks + 2 * scheduler.max_num_seqs) + cache.reserve_blocks
+    num_blocks = cache.num_blocks
+    if num_blocks is None:
+        memory = _heap_bytes(cache, params.device)
+        num_blocks = memory // block_bytes - margin
+        if num_blocks < 1:
+            raise ConfigError(
+                f"{memory / 2**30:.2f} GiB hold {memory // block_bytes} blocks of {block_bytes / 2**20:.2f} MiB, "
+                f"of which {margin} are kept for steps in flight; raise kv_cache_gib (CPU) or "
+                f"gpu_memory_utilization (CUDA), or lower max_num_seqs, max_num_batched_tokens or block_size"
+            )
+    capacity = num_blocks * cache.block_size
+    longest = scheduler.max_model_len
+    if longest is None:
+        longest = min(config.max_position_embeddings, capacity)
+    elif longest > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={longest} exceeds the model's {config.max_position_embeddings} positions"
+        )
+    elif longest > capacity:
+        raise ConfigError(
+            f"max_model_len={longest} exceeds the {capacity} tokens that num_blocks={num_blocks} of "
+            f"{cache.block_size} hold; raise num_blocks or lower max_model_len"
+        )
+    shape = (config.num_layers, num_blocks + margin, cache.block_size, config.num_kv_heads, config.head_dim)
+    return EngineState(
+        running=(),
+        waiting=(),
+        requests=Map(),
+        pool=Pool(num_blocks),
+        arrivals=0,
+        counters=Counters(),
+        seed=seed,
+        max_model_len=longest,
+        cache=replace(cache, num_blocks=num_blocks),
+        scheduler=scheduler,
+        params=params,
+        heap=KVHeap(shape, params.dtype, params.device),
+        tokenizer=tokenizer,
+    )
+
+
+def _heap_bytes(cache: CacheConfig, device: torch.device) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - (1 - cache.gpu_memory_utilization) * total)
+    return int(cache.kv_cache_gib * 2**30)
+
+
+_LEAVES = ("running", "waiting", "requests", "pool", "arrivals", "counters")
+_CONTEXT = tuple(f.name for f in fields(EngineState) if f.name not in _LEAVES)
+
+
+def _flatten(state: EngineState) -> tuple[list[Any], Any]:
+    # Queues, requests and accounting are single leaves: immutable values that no tensor function
+    # can map over, exchanged as wholes.
+    return [getattr(state, name) for name in _LEAVES], tuple(getattr(state, name) for name in _CONTEXT)
+
+
+def _unflatten(leaves: Any, context: Any) -> EngineState:
+    return EngineState(*leaves, *context)
+
+
+pytree.register_pytree_node(EngineState, _flatten, _unflatten, serialized_type_name="folo.EngineState")

@@ -1,0 +1,86 @@
+"""The KV heap: the one thing in folo that is physically mutable, and never shows in a result."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from folo.errors import OutOfBlocksError
+
+_ALIGNMENT = 64  # bytes: a cache line, and the width of the widest CPU vector load
+
+
+class Block:
+    """One physical block of the heap, alive as long as anything refers to it.
+
+    States and prefix indexes share blocks by sharing the object. `claimed` counts its slots that a
+    step has ever set out to write: raised before the write, never lowered, so a slot is written
+    once. A step that would write at a claimed slot takes a fresh block instead (copy-on-write).
+    """
+
+    __slots__ = ("_free", "claimed", "index")
+
+    def __init__(self, index: int, free: list[int]) -> None:
+        self.index = index
+        self.claimed = 0
+        self._free = free
+
+    def __del__(self) -> None:
+        # May run at any point, within allocate() too: appending to a list is one atomic step.
+        self._free.append(self.index)
+
+    def __repr__(self) -> str:
+        return f"Block({self.index}, claimed={self.claimed})"
+
+
+class KVHeap:
+    """Preallocated K and V blocks at fixed addresses, and the list of the free ones.
+
+    `k` and `v`: `[num_layers, num_blocks, block_size, num_kv_heads, head_dim]`, zero at first (a
+    masked key is multiplied by an exact 0, which only a finite value survives).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.k = _zeros(shape, dtype, device)
+        self.v = _zeros(shape, dtype, device)
+        self.num_blocks = shape[1]
+        self._free = list(range(shape[1] - 1, -1, -1))  # last in, first out: warm blocks are reused
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, live: int) -> Block:
+        """A free block. `live`: how many blocks the state that asks refers to, for the message.
+
+        Raises OutOfBlocksError when every block is referred to by some state that is still held.
+        """
+        if not self._free:
+            gc.collect()  # states can hang in reference cycles: a traceback and its frames, for one
+        try:
+            return Block(self._free.pop(), self._free)
+        except IndexError:
+            raise OutOfBlocksError(
+                f"all {self.num_blocks} blocks of the KV heap are in use: {live} by the state being "
+                f"stepped, {self.num_blocks - live} pinned by other states that are still held; drop "
+                f"some of them, or give CacheConfig a larger reserve_blocks"
+            ) from None
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's zeros come from calloc: pages that no block was written to take no memory. torch.zeros
+    # would touch them all.
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+    skip = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[skip : skip + nbytes]).view(dtype).view(shape)

@@ -1,0 +1,211 @@
+"""Who runs next: a pure function from a state to a plan for one step of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from folo.state.engine import EngineState
+from folo.state.heap import Block
+from folo.state.pool import ROOT
+from folo.state.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Block `number` of the `donor`-th scheduled sequence, which this same step computes."""
+
+    donor: int
+    number: int
+
+
+# The number of tokens whose K and V are there already, and the blocks that hold them.
+Reuse = tuple[int, tuple[Block | Shared, ...]]
+_WAIT: Reuse = (-1, ())  # a sibling is still at the prompt that is to be shared
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """`num_tokens` of the sequence are computed from `start` on.
+
+    reused: for a newly admitted sequence, the blocks that hold its first `start` tokens.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    admitted: bool = False
+    reused: tuple[Block | Shared, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A plan for one step of `state`, and of no other. Dropping it undoes nothing: nothing was done."""
+
+    state: EngineState
+    scheduled: tuple[Scheduled, ...]
+    preempted: tuple[Sequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.scheduled)
+
+
+def schedule(state: EngineState) -> Batch | None:
+    """The next step's batch, or None when nothing is left to run. Reads nothing but `state`.
+
+    Every sequence catches up with its tokens under one budget. Those that lack one token go first;
+    then prefill chunks of running sequences; then the waiting ones are admitted, in order.
+    """
+    plan = _Plan(state)
+    running = state.running
+    for sequence in running:
+        if sequence.remaining == 1:
+            plan.go_on(sequence)
+    for sequence in running:
+        if sequence.remaining > 1:
+            plan.go_on(sequence)
+    if not plan.preempted:
+        for sequence in state.waiting:
+            if not plan.admit(sequence):
+                break
+    return plan.batch()
+
+
+class _Plan:
+    """The scratch pad of one `schedule` call: a trial of the step's accounting on the state's pool."""
+
+    def __init__(self, state: EngineState) -> None:
+        self.state = state
+        self.block_size = state.cache.block_size
+        self.pool = state.pool
+        self.budget = state.scheduler.max_num_batched_tokens
+        self.scheduled: list[Scheduled] = []
+        self.preempted: list[Sequence] = []
+        self.settled: set[int] = set()  # id() of the sequences in the batch, and of the preempted
+        self.coming: dict[bytes, Shared] = {}  # full blocks that this batch computes, by digest
+
+    def batch(self) -> Batch | None:
+        if not self.scheduled:
+            return None
+        return Batch(self.state, tuple(self.scheduled), tuple(self.preempted))
+
+    def go_on(self, sequence: Sequence) -> None:
+        """Schedule the next chunk of a running sequence, preempting later ones if it takes that."""
+        if not self.budget or id(sequence) in self.settled:
+            return
+        while not (room := self._room(sequence)):
+            victim = self._victim(sequence)
+            if victim is None:
+                return
+            self.settled.add(id(victim))
+            self.preempted.append(victim)
+            self.pool = self.pool.release(reversed(victim.table.blocks))
+        chunk = min(self._chunk(sequence.remaining), room)
+        self._add(Scheduled(sequence, sequence.num_computed, chunk), sequence.table.blocks)
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Schedule the first chunk of a waiting sequence; False: neither it nor any after it, for now."""
+        num_running = len(self.state.running) + sum(s.admitted for s in self.scheduled)
+        if not self.budget or num_running >= self.state.scheduler.max_num_seqs:
+            return False
+        reuse = self._sibling(sequence) or self._hits(sequence)
+        if reuse is _WAIT:
+            return False
+        start, blocks = reuse
+        pool = self.pool
+        for block in blocks:
+            if isinstance(block, Block):  # the others are counted with their donor
+                pool = pool.hold(block)
+        # Room for all of it: to admit what cannot be finished would only be to preempt it again.
+        length = len(sequence.tokens)
+        fresh = -(-length // self.block_size) - len(blocks) + bool(start % self.block_size)
+        if fresh > pool.available:
+            return False
+        self.pool = pool
+        self._add(Scheduled(sequence, start, self._chunk(length - start), True, blocks), blocks)
+        return True
+
+    def _chunk(self, remaining: int) -> int:
+        longest = self.state.scheduler.long_prefill_token_threshold
+        return min(remaining, self.budget, longest or remaining)
+
+    def _room(self, sequence: Sequence) -> int:
+        """How many tokens more of a running sequence there are slots for."""
+        blocks, start = sequence.table.blocks, sequence.num_computed
+        slack, available = len(blocks) * self.block_size - start, self.pool.available
+        if slack and self.pool.shared(blocks[-1]):
+            available -= 1  # the copy to write to
+        return slack + available * self.block_size if available >= 0 else 0
+
+    def _add(self, item: Scheduled, blocks: tuple[Block | Shared, ...]) -> None:
+        size, sequence = self.block_size, item.sequence
+        tail = blocks[-1] if item.start % size else None
+        if isinstance(tail, Block) and self.pool.shared(tail):
+            self.pool = self.pool.release((tail,)).take(1)
+        if (fresh := -(-item.end // size) - len(blocks)) > 0:
+            self.pool = self.pool.take(fresh)
+        for number in range(item.start // size, min(item.end // size, len(sequence.digests))):
+            self.coming.setdefault(sequence.digests[number], Shared(len(self.scheduled), number))
+        self.scheduled.append(item)
+        self.settled.add(id(sequence))
+        self.budget -= item.num_tokens
+
+    def _victim(self, sequence: Sequence) -> Sequence | None:
+        """The last running sequence behind this one that is not in the batch."""
+        for other in reversed(self.state.running):
+            if other is sequence:
+                return None
+            if id(other) not in self.settled:
+                return other
+        return None
+
+    def _hits(self, sequence: Sequence) -> Reuse:
+        """The longest chain of full blocks, cached or coming, short of the last token."""
+        scored = len(sequence.prompt_logprobs) + 1
+        if sequence.scores_prompt and scored < sequence.origin.num_prompt:
+            return 0, ()  # every prompt position has to be computed to be scored
+        size, parent = self.block_size, ROOT
+        blocks: list[Block | Shared] = []
+        for number in range(min(len(sequence.digests), (len(sequence.tokens) - 1) // size)):
+            digest = sequence.digests[number]
+            tokens = sequence.tokens[number * size : (number + 1) * size]
+            block = self.pool.lookup(digest, parent, tokens) or self._coming(digest, tokens)
+            if block is None:
+                break
+            blocks.append(block)
+            parent = digest
+        return len(blocks) * size, tuple(blocks)
+
+    def _coming(self, digest: bytes, tokens: list[int]) -> Shared | None:
+        shared = self.coming.get(digest)
+        if shared is None:
+            return None
+        at = shared.number * self.block_size
+        donor = self.scheduled[shared.donor].sequence
+        return shared if donor.tokens[at : at + self.block_size] == tokens else None
+
+    def _sibling(self, sequence: Sequence) -> Reuse | None:
+        """The prompt's blocks, short of its last token, from another sample of the request.
+
+        None: no other sample is there to share with, or this one is past its prompt.
+        """
+        if not sequence.origin.sample or sequence.num_output:
+            return None
+        size, shared = self.block_size, sequence.origin.num_prompt - 1
+        siblings = [s for s in self.state.running if s.id == sequence.id and id(s) not in self.settled]
+        batch = [(n, s) for n, s in enumerate(self.scheduled) if s.sequence.id == sequence.id]
+        siblings += [s.sequence for _, s in batch]
+        for sibling in siblings:
+            if sibling.num_computed >= shared:
+                return shared, sibling.table.blocks[: -(-shared // size)]
+        for number, item in batch:
+            if item.end >= shared:
+                held = item.reused or item.sequence.table.blocks
+                full = range(shared // size)
+                blocks = (held[n] if n < item.start // size else Shared(number, n) for n in full)
+                return len(full) * size, tuple(blocks)
+        return _WAIT if siblings else None

@@ -1,0 +1,126 @@
+"""One step of the engine: a function from (params, state, batch) to (state, tokens)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from folo.errors import ParamsMismatchError, RequestError, StaleBatchError
+from folo.inputs import ROWS_PER_TILE, Rows
+from folo.model import device
+from folo.model.params import Params
+from folo.sampling import Context
+from folo.state.advance import Sampled, advance
+from folo.state.bind import bind
+from folo.state.engine import EngineState
+from folo.state.layout import Row, inputs_of, rows_of
+from folo.state.schedule import Batch
+from folo.state.sequence import TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens that a step sampled, R of them.
+
+    ids int64 `[R]`; logprobs float32 `[R]`, NaN where a request did not ask, None if none did; and
+    for each the id of its request and its sample index.
+    """
+
+    ids: Tensor
+    logprobs: Tensor | None
+    request_ids: tuple[str, ...]
+    sample_indices: tuple[int, ...]
+
+
+@torch.inference_mode()
+def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState, Tokens]:
+    """Compute the batch, sample, and return the state after it. `state` stays as it was.
+
+    Raises:
+        StaleBatchError: `batch` was scheduled for another state.
+        ParamsMismatchError: `state` belongs to other parameters.
+        OutOfBlocksError: states that are still held pin the blocks that the step needs.
+    """
+    if batch is None:
+        raise StaleBatchError("the batch is None: schedule(state) found nothing left to run")
+    if batch.state is not state:
+        raise StaleBatchError("this batch was scheduled for another state; call schedule(state) on this one")
+    if state.params is not params:
+        raise ParamsMismatchError(
+            "this state belongs to other parameters: its K and V come from them; step it with those"
+        )
+    bound = bind(batch)
+    rows = rows_of(bound)
+    inputs = inputs_of(bound, rows, params.device)
+    hidden = device.run(params, state.heap.k, state.heap.v, inputs)
+    tiles = [
+        _sample(params, hidden, tile, rows[number * ROWS_PER_TILE :][:ROWS_PER_TILE])
+        for number, tile in enumerate(inputs.rows)
+    ]
+    sampled = _to_host(tiles, rows)
+    return advance(bound, rows, sampled), _tokens(rows, sampled)
+
+
+def _sample(params: Params, hidden: Tensor, tile: Rows, rows: Items[Row]) -> device.Sampled:
+    raw, processed = device.row_logits(params, hidden, tile)
+    own = [n for n, row in enumerate(rows) if row.target < 0 and _processors(row)]
+    if own:
+        processed = processed.clone()
+        for n in own:
+            processed[n] = _transformed(processed[n], rows[n])
+    return device.sample(raw, processed, tile)
+
+
+def _processors(row: Row) -> Items[object]:
+    return row.sequence.origin.request.sampling.logits_processors
+
+
+def _transformed(logits: Tensor, row: Row) -> Tensor:
+    """The caller's transforms on one row: outside the device function, since they are any Python."""
+    sequence = row.sequence
+    request = sequence.origin.request
+    context = Context(
+        tuple(request.prompt_token_ids), tuple(sequence.output_ids), row.position, sequence.origin.sample
+    )
+    shape = logits.shape
+    for transform in request.sampling.logits_processors:
+        logits = transform(logits, context)
+        if not isinstance(logits, Tensor) or logits.shape != shape:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise RequestError(
+                f"request {request.id!r}: the logits processor {transform!r} returned {got}; it has to "
+                f"return logits of shape {tuple(shape)}"
+            )
+    return logits
+
+
+def _to_host(tiles: Items[device.Sampled], rows: Items[Row]) -> Sampled:
+    ids: list[int] = []
+    scores: list[TokenLogprobs | None] = []
+    for number, tile in enumerate(tiles):
+        ids += tile.ids.tolist()
+        members = rows[number * ROWS_PER_TILE :][:ROWS_PER_TILE]
+        if tile.logprob is None or tile.rank is None or tile.top_ids is None or tile.top_logprobs is None:
+            scores += [None] * len(members)
+            continue
+        columns = (tile.logprob.tolist(), tile.rank.tolist(), tile.top_ids.tolist(), tile.top_logprobs.tolist())
+        for row, logprob, rank, top_ids, top_logprobs in zip(members, *columns, strict=True):
+            k = row.num_logprobs
+            score = TokenLogprobs(logprob, rank, tuple(top_ids[:k]), tuple(top_logprobs[:k]))
+            scores.append(score if k >= 0 else None)
+    return Sampled(ids, scores)
+
+
+def _tokens(rows: Items[Row], sampled: Sampled) -> Tokens:
+    at = [n for n, row in enumerate(rows) if row.target < 0]
+    scores = [sampled.scores[n] for n in at]
+    values = [float("nan") if score is None else score.logprob for score in scores]
+    return Tokens(
+        ids=torch.tensor([sampled.ids[n] for n in at], dtype=torch.int64),
+        logprobs=torch.tensor(values, dtype=torch.float32) if any(s is not None for s in scores) else None,
+        request_ids=tuple(rows[n].sequence.id for n in at),
+        sample_indices=tuple(rows[n].sequence.origin.sample for n in at),
+    )
