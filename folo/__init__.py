@@ -1,7 +1,7 @@
 """folo: a purely functional LLM inference engine for PyTorch.
 
-    batch         = folo.schedule(state)
-    state, tokens = folo.step(params, state, batch)
+batch         = folo.schedule(state)
+state, tokens = folo.step(params, state, batch)
 """
 
 from folo import model, sampling
@@ -9,17 +9,20 @@ from folo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folo.errors import (
     ConfigError,
     FoloError,
+    IntegrityError,
     LoadError,
     OutOfBlocksError,
     ParamsMismatchError,
     RequestError,
     StaleBatchError,
 )
+from folo.llm import LLM, LLMEngine
 from folo.model.load import load
 from folo.model.params import Params
 from folo.model.tokenizer import load_tokenizer
 from folo.request import CompletionOutput, Logprob, Request, RequestOutput
 from folo.sampling import SamplingParams
+from folo.state.check import check
 from folo.state.engine import EngineState, init
 from folo.state.lifecycle import abort, collect, finish, submit
 from folo.state.outputs import has_unfinished, outputs
@@ -29,6 +32,7 @@ from folo.step import Tokens, step
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "Batch",
     "CacheConfig",
     "CompletionOutput",
@@ -36,6 +40,8 @@ __all__ = [
     "EngineConfig",
     "EngineState",
     "FoloError",
+    "IntegrityError",
+    "LLMEngine",
     "LoadError",
     "Logprob",
     "ModelConfig",
@@ -50,6 +56,7 @@ __all__ = [
     "StaleBatchError",
     "Tokens",
     "abort",
+    "check",
     "collect",
     "finish",
     "has_unfinished",

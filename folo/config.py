@@ -29,6 +29,7 @@ class ModelConfig:
         tokenizer: where the tokenizer lies, if not with the model.
         dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or a torch.dtype.
         device: "auto" (CUDA if present), or any torch device.
+        skip_tokenizer_init: load no tokenizer: prompts and outputs are token ids only.
         seed: the engine seed, from which requests without a seed of their own get theirs.
         trust_remote_code: accepted for compatibility; folo never runs remote code.
 
@@ -40,6 +41,7 @@ class ModelConfig:
     tokenizer: str | None = None
     dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"
+    skip_tokenizer_init: bool = False
     seed: int = 0
     trust_remote_code: bool = False
 
@@ -111,7 +113,9 @@ class SchedulerConfig:
         _require(_is_count(tokens, 1), "max_num_batched_tokens", tokens, "an int of at least 1")
         longest = self.max_model_len
         ok = longest is None or _is_count(longest, 2)
-        _require(ok, "max_model_len", longest, "None or an int of at least 2 (a prompt token and an output token)")
+        _require(
+            ok, "max_model_len", longest, "None or an int of at least 2 (a prompt token and an output token)"
+        )
         threshold = self.long_prefill_token_threshold
         _require(_is_count(threshold, 0), "long_prefill_token_threshold", threshold, "an int of at least 0")
         _require(self.policy in ("fcfs", "priority"), "policy", self.policy, '"fcfs" or "priority"')

@@ -27,3 +27,7 @@ class ParamsMismatchError(FoloError):
 
 class OutOfBlocksError(FoloError, MemoryError):
     """The KV heap has no free block left: states that the caller still holds pin them all."""
+
+
+class IntegrityError(FoloError, AssertionError):
+    """`folo.check` found a state whose parts contradict each other: a defect of folo, please report it."""

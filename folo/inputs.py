@@ -61,6 +61,7 @@ class Rows:
     processed: Tensor  # bool[R], logprobs of the processed logits, not the raw ones
     penalties: Penalties | None
     warped: bool
+    truncated: bool  # by top-k or top-p, which sort
     num_logprobs: int
 
 

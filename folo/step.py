@@ -12,6 +12,7 @@ from folo.errors import ParamsMismatchError, RequestError, StaleBatchError
 from folo.inputs import ROWS_PER_TILE, Rows
 from folo.model import device
 from folo.model.params import Params
+from folo.ops.sampler import NO_TOKEN
 from folo.sampling import Context
 from folo.state.advance import Sampled, advance
 from folo.state.bind import bind
@@ -42,6 +43,7 @@ def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState,
     Raises:
         StaleBatchError: `batch` was scheduled for another state.
         ParamsMismatchError: `state` belongs to other parameters.
+        RequestError: a request's logits allow no token, or its logits processor returned something else.
         OutOfBlocksError: states that are still held pin the blocks that the step needs.
     """
     if batch is None:
@@ -106,11 +108,22 @@ def _to_host(tiles: Items[device.Sampled], rows: Items[Row]) -> Sampled:
         if tile.logprob is None or tile.rank is None or tile.top_ids is None or tile.top_logprobs is None:
             scores += [None] * len(members)
             continue
-        columns = (tile.logprob.tolist(), tile.rank.tolist(), tile.top_ids.tolist(), tile.top_logprobs.tolist())
+        columns = (
+            tile.logprob.tolist(),
+            tile.rank.tolist(),
+            tile.top_ids.tolist(),
+            tile.top_logprobs.tolist(),
+        )
         for row, logprob, rank, top_ids, top_logprobs in zip(members, *columns, strict=True):
             k = row.num_logprobs
             score = TokenLogprobs(logprob, rank, tuple(top_ids[:k]), tuple(top_logprobs[:k]))
             scores.append(score if k >= 0 else None)
+    for row, id in zip(rows, ids, strict=True):
+        if id == NO_TOKEN:
+            raise RequestError(
+                f"request {row.sequence.id!r}: no token can be sampled at position {row.position}: its logits "
+                f"hold NaN or inf, or every token is banned; abort it, and the others go on"
+            )
     return Sampled(ids, scores)
 
 

@@ -11,9 +11,7 @@ from folo import ops
 from folo.inputs import Inputs, Rows
 from folo.model.forward import attend_in_heap, hidden_states, logits
 from folo.model.params import Params
-
-_SAMPLING = 0  # the counter's third word: what a random number is for
-
+from folo.ops.sampler import PURPOSE_DRAW
 
 @dataclass(frozen=True)
 class Sampled:
@@ -52,13 +50,13 @@ def row_logits(params: Params, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tens
             p.bias_value,
         )
     if rows.warped:
-        processed = ops.warp(processed, rows.temperature, rows.min_p, rows.top_k, rows.top_p)
+        processed = ops.warp(processed, rows.temperature, rows.min_p, rows.top_k, rows.top_p, rows.truncated)
     return raw, processed
 
 
 def sample(raw: Tensor, processed: Tensor, rows: Rows) -> Sampled:
     """Draw a token from each row's processed logits, or take its target, and score it."""
-    u = ops.philox(rows.seed, rows.position, rows.sample_index, _SAMPLING)
+    u = ops.philox(rows.seed, rows.position, rows.sample_index, PURPOSE_DRAW)
     drawn = ops.draw(processed, rows.temperature == 0, u)
     ids = torch.where(rows.target >= 0, rows.target, drawn)
     if rows.num_logprobs < 0:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from folo import ops
@@ -34,9 +35,7 @@ def hidden_states(
     `op` holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
     """
     eps = params.config.rms_norm_eps
-    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
-    inv_freq = params.config.inv_freq().to(token_ids.device, dtype)
-    angles = op.rope_angles(positions, inv_freq)
+    angles = op.rope_angles(positions, _inv_freq(params))
     residual = params.embed[token_ids]
     x = op.rms_norm(residual, params.layers[0].input_norm, eps)
     following = (*(layer.input_norm for layer in params.layers[1:]), params.norm)
@@ -46,6 +45,14 @@ def hidden_states(
         x = _linear(op.silu_mul(_linear(x, layer.gate_up, op)), layer.down, op)
         x, residual = op.add_rms_norm(x, residual, next_norm, eps)
     return x
+
+
+@torch.compiler.assume_constant_result
+def _inv_freq(params: Params) -> Tensor:
+    """Rotary frequencies where the weights are. A constant to a compiler: in its code they would round
+    differently."""
+    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+    return params.config.inv_freq().to(params.device, dtype)
 
 
 def logits(params: Params, hidden: Tensor, op: Any = ops) -> Tensor:
@@ -93,7 +100,7 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
     inputs = _one_sequence(token_ids.to(params.device, torch.int64))
     blocks = (inputs.block_tables.shape[1], _BLOCK, config.num_kv_heads, config.head_dim)
 
-    def attend(index: int, layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
+    def attend_plain(index: int, layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
         q, k, v = reference.qk_norm_rope(
             qkv, angles, layer.q_norm, layer.k_norm, config.rms_norm_eps, config.num_kv_heads
         )
@@ -103,7 +110,7 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
         return reference.paged_attention(q, k, v, tables, start, lens, config.head_dim**-0.5).flatten(1)
 
     if _differentiated(params):
-        hidden = hidden_states(params, inputs.token_ids, inputs.positions, attend, reference)
+        hidden = hidden_states(params, inputs.token_ids, inputs.positions, attend_plain, reference)
         return logits(params, hidden, reference)
     k, v = params.embed.new_zeros((2, config.num_layers, *blocks))
     attend = attend_in_heap(config, k, v, inputs)
@@ -121,7 +128,9 @@ def _one_sequence(token_ids: Tensor) -> Inputs:
 
 def _differentiated(params: Params) -> bool:
     """Whether a torch.func transform or autograd is at work, which an opaque op would silently stop."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return True
     leaves = pytree.tree_leaves(params)
-    return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+        return True
+    return any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in leaves)

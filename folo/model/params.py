@@ -62,17 +62,23 @@ class Params:
 
 
 def _register(cls: type, context: tuple[str, ...] = ()) -> None:
+    """Make a pytree node of `cls`. A field that is None is context too: torch's pytree would call it a
+    leaf, which `tree_map(torch.Tensor.double, params)` and `torch.func.grad` would then trip over."""
     names = [field.name for field in fields(cls) if field.name not in context]
 
+    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
+        present = [name for name in names if getattr(value, name) is not None]
+        extra = {name: getattr(value, name) for name in (*names, *context) if name not in present}
+        return [(pytree.GetAttrKey(name), getattr(value, name)) for name in present], tuple(extra.items())
+
     def flatten(value: Any) -> tuple[list[Any], Any]:
-        return [getattr(value, name) for name in names], tuple(getattr(value, name) for name in context)
+        children, extra = flatten_with_keys(value)
+        return [child for _, child in children], extra
 
     def unflatten(children: Any, extra: Any) -> Any:
-        return cls(**dict(zip(names, children, strict=True)), **dict(zip(context, extra, strict=True)))
-
-    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
-        children, extra = flatten(value)
-        return [(pytree.GetAttrKey(name), child) for name, child in zip(names, children, strict=True)], extra
+        rest = dict(extra)
+        present = (name for name in names if name not in rest)
+        return cls(**dict(zip(present, children, strict=True)), **rest)
 
     pytree.register_pytree_node(
         cls,

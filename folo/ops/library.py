@@ -63,7 +63,7 @@ paged_attention = _op(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_start, "
     "Tensor seq_lens, float scale) -> Tensor",
     reference.paged_attention,
-    lambda q, *_: torch.empty_like(q),
+    lambda q, *_: q.new_empty(q.shape),
 )
 copy_blocks = _op(
     "copy_blocks(Tensor(a!) k, Tensor(b!) v, Tensor source, Tensor target) -> ()",
@@ -82,7 +82,8 @@ penalize = _op(
     lambda logits, *_: torch.empty_like(logits),
 )
 warp = _op(
-    "warp(Tensor logits, Tensor temperature, Tensor min_p, Tensor top_k, Tensor top_p) -> Tensor",
+    "warp(Tensor logits, Tensor temperature, Tensor min_p, Tensor top_k, Tensor top_p, bool truncate=True) "
+    "-> Tensor",
     sampler.warp,
     lambda logits, *_: torch.empty_like(logits),
 )

@@ -48,21 +48,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     native = _native(x)
     a, b = (x, weight) if native else (_wide(x), _wide(weight))
     k_pad, n_pad = -a.shape[1] % 32, -n % N_TILE
-    a = F.pad(a, (0, k_pad, 0, -m % ROW_TILE))
     if k_pad or n_pad:
         b = F.pad(b, (0, k_pad, 0, n_pad))
+    # A product's layout is part of its shape, for the library that chooses a kernel.
+    a, b = F.pad(a, (0, k_pad, 0, -m % ROW_TILE)).contiguous(), b.contiguous()
+    if bias is not None:
+        bias = F.pad(bias.to(b.dtype), (0, n_pad))
     chunks = [(a, b)] if native else list(zip(a.split(K_CHUNK, 1), b.split(K_CHUNK, 1), strict=True))
     tiles = []
     for start in range(0, a.shape[0], ROW_TILE):
-        parts = [u[start : start + ROW_TILE] @ w.t() for u, w in chunks]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
+        first, *rest = [(u[start : start + ROW_TILE], w.t()) for u, w in chunks]
+        # The bias goes into the product: added to what is rounded already, it would round twice.
+        total = first[0] @ first[1] if bias is None else torch.addmm(bias, *first)
+        for part in rest:
+            total = total + part[0] @ part[1]
         tiles.append(total)
     out = torch.cat(tiles)[:m, :n] if tiles else a.new_empty((0, n))
-    if bias is not None:
-        out = out + bias
-    return out.to(x.dtype)
+    return out.to(x.dtype).contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -201,7 +203,9 @@ def paged_attention(
         total = torch.cat((total[:n] * fade + row_sum(weights), total[n:]))
         acc = torch.cat((acc[:n] * fade[..., None] + _batched(weights, v_tile), acc[n:]))
     out = (acc / total[..., None]).transpose(1, 2).reshape(-1, num_kv_heads, head_dim)
-    return out[unsort].view(q.shape[0], -1, num_kv_heads, head_dim).transpose(1, 2).reshape(q.shape).to(q.dtype)
+    return (
+        out[unsort].view(q.shape[0], -1, num_kv_heads, head_dim).transpose(1, 2).reshape(q.shape).to(q.dtype)
+    )
 
 
 def _by_head(x: Tensor) -> Tensor:

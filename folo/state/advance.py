@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence as Items
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any
 
 from folo import detokenize
 from folo.state.bind import Bound
-from folo.state.engine import Admitted, EngineState
+from folo.state.engine import EngineState
 from folo.state.layout import Row
-from folo.state.lifecycle import ended_as, extend_digests, queued
-from folo.state.map import Map
+from folo.state.lifecycle import ended_as, extend_digests, queued, settle
 from folo.state.pool import ROOT, Entry, Pool
 from folo.state.sequence import BlockTable, Sequence, TokenLogprobs
 
@@ -55,6 +54,7 @@ def advance(bound: Bound, rows: Items[Row], sampled: Sampled) -> EngineState:
     running = [changed.get(id(s), s) for s in state.running if id(s) not in gone]
     waiting = state.waiting[len(admitted) :]  # admission goes in the order of the queue
     evicted = [replace(victim.vacate(), preemptions=victim.preemptions + 1) for victim in batch.preempted]
+    requests, finished = settle(state, ended)
     counters = state.counters
     return replace(
         state,
@@ -64,7 +64,8 @@ def advance(bound: Bound, rows: Items[Row], sampled: Sampled) -> EngineState:
             (s for s in admitted if s.finish_reason is None),
         ),
         waiting=queued(state, waiting, evicted) if evicted else waiting,
-        requests=_record(state, ended),
+        requests=requests,
+        finished=finished,
         pool=pool,
         counters=replace(
             counters,
@@ -140,12 +141,3 @@ def _stop(tokenizer: Any, sequence: Sequence, token: int) -> Sequence:
     if sequence.num_output >= origin.max_tokens:
         return replace(sequence, finish_reason="length")
     return sequence
-
-
-def _record(state: EngineState, ended: Iterable[Sequence]) -> Map[str, Admitted]:
-    requests = state.requests
-    for sequence in ended:
-        admitted = requests[sequence.id]
-        finished = admitted.finished.set(sequence.origin.sample, sequence)
-        requests = requests.set(sequence.id, replace(admitted, finished=finished))
-    return requests

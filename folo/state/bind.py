@@ -63,7 +63,9 @@ class _Binding:
         self.tables.append(table)
 
     def _reused(self, item: Scheduled) -> BlockTable:
-        blocks = tuple(b if isinstance(b, Block) else self.tables[b.donor].blocks[b.number] for b in item.reused)
+        blocks = tuple(
+            b if isinstance(b, Block) else self.tables[b.donor].blocks[b.number] for b in item.reused
+        )
         for block in blocks:
             self.pool = self.pool.hold(block)
         return BlockTable.of(blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,12 +25,12 @@ _IN_FLIGHT = 1
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request that the state holds, and those of its sequences that have finished, by sample."""
+    """A request that the state holds, and those of its sequences that have ended."""
 
     request: Request
     arrival: int
     num_samples: int
-    finished: Map[int, Sequence] = field(default_factory=Map)
+    ended: tuple[Sequence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,14 @@ class EngineState:
     """The whole engine as a value.
 
     A sequence stands in exactly one of `running`, `waiting` (both in the order of `rank`) and the
-    `finished` of its request. `params` and `heap` are context: they are compared by identity.
+    `ended` of its request; a request in `requests` until all of its sequences have ended, then in
+    `finished`. `params` and `heap` are context: they are compared by identity.
     """
 
     running: tuple[Sequence, ...]
     waiting: tuple[Sequence, ...]
     requests: Map[str, Admitted]
+    finished: Map[str, Admitted]
     pool: Pool
     arrivals: int
     counters: Counters
@@ -73,15 +75,15 @@ class EngineState:
 
     def admitted(self, id: str) -> Admitted:
         """The request of this id; raises RequestError if the state holds none."""
-        request = self.requests.get(id)
-        if request is None:
+        admitted = self.requests.get(id) or self.finished.get(id)
+        if admitted is None:
             raise RequestError(f"no request {id!r} in this state: never submitted, or collected already")
-        return request
+        return admitted
 
     def sequences(self, id: str) -> list[Sequence]:
-        """Every sequence of a request, by sample, wherever it stands."""
-        found = [s for queue in (self.running, self.waiting) for s in queue if s.id == id]
-        found += [s for _, s in self.admitted(id).finished.items()]
+        """The unfinished sequences of a request, by sample. Raises RequestError as `admitted` does."""
+        self.admitted(id)
+        found = (s for queue in (self.running, self.waiting) for s in queue if s.id == id)
         return sorted(found, key=lambda s: s.origin.sample)
 
 
@@ -112,8 +114,8 @@ def init(
         num_blocks = memory // block_bytes - margin
         if num_blocks < 1:
             raise ConfigError(
-                f"{memory / 2**30:.2f} GiB hold {memory // block_bytes} blocks of {block_bytes / 2**20:.2f} MiB, "
-                f"of which {margin} are kept for steps in flight; raise kv_cache_gib (CPU) or "
+                f"{memory / 2**30:.2f} GiB hold {memory // block_bytes} blocks of {block_bytes / 2**20:.2f} "
+                f"MiB, of which {margin} are kept for steps in flight; raise kv_cache_gib (CPU) or "
                 f"gpu_memory_utilization (CUDA), or lower max_num_seqs, max_num_batched_tokens or block_size"
             )
     capacity = num_blocks * cache.block_size
@@ -134,6 +136,7 @@ def init(
         running=(),
         waiting=(),
         requests=Map(),
+        finished=Map(),
         pool=Pool(num_blocks),
         arrivals=0,
         counters=Counters(),
@@ -154,7 +157,7 @@ def _heap_bytes(cache: CacheConfig, device: torch.device) -> int:
     return int(cache.kv_cache_gib * 2**30)
 
 
-_LEAVES = ("running", "waiting", "requests", "pool", "arrivals", "counters")
+_LEAVES = ("running", "waiting", "requests", "finished", "pool", "arrivals", "counters")
 _CONTEXT = tuple(f.name for f in fields(EngineState) if f.name not in _LEAVES)
 
 

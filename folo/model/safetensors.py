@@ -1,0 +1,117 @@
+"""Checkpoints as transformers saves them: a directory of config.json and safetensors files.
+
+Format: https://huggingface.co/docs/safetensors. Weights in pickle files are refused: unpickling runs code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from folo.errors import LoadError
+from folo.model.checkpoint import row_slabs
+from folo.model.config import DecoderConfig
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLES = (".bin", ".pt", ".pth")
+
+
+class SafetensorsDirectory:
+    """A `Checkpoint` of one `model.safetensors`, or of the shards that its index lists.
+
+    Raises LoadError if a file is missing, damaged, or a pickle.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._config = read_json(path / "config.json")
+        generation = path / "generation_config.json"
+        self._generation = read_json(generation) if generation.exists() else None
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        for file in _weight_files(path):
+            self._read_header(file)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What config.json says; the type of the first tensor if it says nothing."""
+        name = self._config.get("dtype") or self._config.get("torch_dtype")
+        if name is None:
+            return next(iter(self._dtypes.values()), torch.float32)
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
+        if name not in known:
+            raise LoadError(f"config.json names the dtype {name!r}: pass dtype='float32' or another to load.")
+        return known[name]
+
+    def stored_name(self, name: str) -> str:
+        return name
+
+    def config(self, dtype: torch.dtype) -> DecoderConfig:
+        return DecoderConfig.from_hf(self._config, self._generation, dtype)
+
+    def read(self, name: str, out: Tensor) -> None:
+        for rows in row_slabs(tuple(out.shape)):
+            # Opened anew for each slab: the file is memory-mapped, and the pages that were read stay
+            # resident, a second copy of the weights, until it is unmapped.
+            with safe_open(self._files[name], framework="pt") as file:
+                out[rows] = file.get_slice(name)[rows].to(out.device)
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    view = file.get_slice(name)
+                    if view.get_dtype() not in _DTYPES:
+                        raise LoadError(f"{path}: {name} is stored as {view.get_dtype()}, not as floats.")
+                    self._files[name] = path
+                    self._shapes[name] = tuple(view.get_shape())
+                    self._dtypes[name] = _DTYPES[view.get_dtype()]
+        except (SafetensorError, OSError) as error:
+            raise LoadError(f"{path} is truncated or corrupt: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises LoadError if there is no such file or it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoadError(f"{path.parent} has no {path.name}.") from error
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} holds no JSON object.")
+    return value
+
+
+def _weight_files(path: Path) -> list[Path]:
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+        if pickles:
+            raise LoadError(
+                f"{path} has its weights in pickle files only ({', '.join(pickles)}). Loading a pickle can "
+                "run any code, so folo reads safetensors: convert them with transformers' save_pretrained."
+            )
+        raise LoadError(f"{path} has neither model.safetensors nor model.safetensors.index.json.")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise LoadError(f"{index} has no weight_map of tensor names to files.")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise LoadError(f"{index} names the shard {shard!r}, which is not a plain file name.")
+        if not (path / shard).exists():
+            raise LoadError(f"{index} names the shard {shard}, which is missing.")
+    return [path / shard for shard in shards]

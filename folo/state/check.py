@@ -1,0 +1,95 @@
+"""The integrity of a state, recounted from scratch."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from folo.errors import IntegrityError
+from folo.state.engine import EngineState
+from folo.state.heap import Block
+from folo.state.pool import ROOT, block_digest
+from folo.state.sequence import Sequence
+
+
+def check(state: EngineState) -> None:
+    """Verify that the parts of a state agree with each other; O(all that it holds).
+
+    Raises:
+        IntegrityError: they do not; the message says which. No sequence of folo's own calls leads there.
+    """
+    _check_queues(state)
+    for sequence in state.running:
+        _check_running(state, sequence)
+    _check_pool(state)
+
+
+def _require(ok: bool, what: str) -> None:
+    if not ok:
+        raise IntegrityError(f"the state contradicts itself: {what}")
+
+
+def _check_queues(state: EngineState) -> None:
+    for name, queue in (("running", state.running), ("waiting", state.waiting)):
+        ranks = [state.rank(sequence) for sequence in queue]
+        _require(ranks == sorted(ranks), f"{name} is out of order")
+    _require(len(state.running) <= state.scheduler.max_num_seqs, "more sequences run than max_num_seqs")
+    unfinished = [*state.running, *state.waiting]
+    ended = [s for requests in (state.requests, state.finished) for _, a in requests.items() for s in a.ended]
+    keys = Counter((s.id, s.origin.sample) for s in (*unfinished, *ended))
+    _require(all(count == 1 for count in keys.values()), "a sequence stands in two places")
+    for sequence in unfinished:
+        _require(sequence.finish_reason is None, f"{sequence.id!r} has finished and is still queued")
+        _require(sequence.id in state.requests, f"{sequence.id!r} is queued, but not among the requests")
+    for sequence in (*state.waiting, *ended):
+        held = sequence.table.blocks or sequence.num_computed
+        _require(not held, f"{sequence.id!r} does not run, yet holds blocks")
+    for requests in (state.requests, state.finished):
+        for id, admitted in requests.items():
+            known = sum(key[0] == id for key in keys)
+            _require(known == admitted.num_samples, f"{id!r} has {known} of {admitted.num_samples} samples")
+            over = len(admitted.ended) == admitted.num_samples
+            _require(over == (requests is state.finished), f"{id!r} is misfiled")
+
+
+def _check_running(state: EngineState, sequence: Sequence) -> None:
+    name, size = f"{sequence.id!r} sample {sequence.origin.sample}", state.cache.block_size
+    blocks, computed = sequence.table.blocks, sequence.num_computed
+    _require(0 < computed < len(sequence.tokens), f"{name} has {computed} of {len(sequence.tokens)} computed")
+    _require(len(blocks) == -(-computed // size), f"{name} holds {len(blocks)} blocks for {computed} tokens")
+    _require(len({b.index for b in blocks}) == len(blocks), f"{name} holds a block twice")
+    for number, block in enumerate(blocks):
+        filled = min(size, computed - number * size)
+        _require(block.claimed >= filled, f"{name} has {filled} tokens in {block}")
+    parent, salt = ROOT, sequence.origin.request.cache_salt
+    for number, digest in enumerate(sequence.digests):
+        expected = block_digest(parent, sequence.tokens[number * size : (number + 1) * size], salt)
+        _require(digest == expected, f"{name} has a wrong digest for block {number}")
+        if number < len(blocks):
+            indexed = state.pool.digests.get(blocks[number].index)
+            _require(indexed in (None, digest), f"{name} holds a block of other content at {number}")
+        parent = digest
+
+
+def _check_pool(state: EngineState) -> None:
+    pool = state.pool
+    objects: dict[int, Block] = {}
+    uses: Counter[int] = Counter()
+    for block in (b for s in state.running for b in s.table.blocks):
+        uses[block.index] += 1
+        _require(objects.setdefault(block.index, block) is block, f"two objects stand for {block}")
+    for digest, entry in pool.index.items():
+        block = entry.block
+        _require(objects.setdefault(block.index, block) is block, f"two objects stand for {block}")
+        _require(pool.digests.get(block.index) == digest, f"the index and its inverse differ on {block}")
+        _require(block.claimed == state.cache.block_size, f"{block} is indexed, but not full")
+        _require(entry.parent == ROOT or entry.parent in pool.index, f"the parent of {block} was evicted first")
+    _require(all(0 <= i < state.heap.num_blocks for i in objects), "a block lies outside the heap")
+    _require(len(pool.digests) == len(pool.index), "the index and its inverse differ in size")
+    _require(pool.used == len(uses), f"{len(uses)} blocks are in use, {pool.used} accounted for")
+    _require(dict(pool.sharers.items()) == {i: n for i, n in uses.items() if n > 1}, "the shares do not add up")
+    idle = set(pool.digests) - set(uses)
+    _require(set(pool.idle) == idle, f"{len(idle)} blocks are idle, {len(pool.idle)} accounted for")
+    inverse = {stamp: i for i, stamp in pool.idle.items()}
+    _require(dict(pool.released.items()) == inverse, "the order of eviction differs from the idle blocks")
+    _require(all(pool.oldest <= stamp < pool.clock for stamp in inverse), "an idle block is out of time")
+    _require(pool.used + len(pool.idle) <= pool.capacity, "more blocks are held than the pool has")

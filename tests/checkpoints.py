@@ -1,0 +1,266 @@
+"""Small random checkpoints, written by transformers itself, for tests to load and compare with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from folo.model.params import Params
+
+_CLASSES: dict[str, tuple[type, type]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+ARCHITECTURES = tuple(_CLASSES)
+VOCAB_SIZE = 300
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def tiny_checkpoint(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: bool = False,
+    generation: dict[str, Any] | None = None,
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Write a random checkpoint into the directory `path`, and return its model in float32, in eval mode.
+
+    Two layers, hidden size 64, 4 query and 2 KV heads of 16, 128 inner, `VOCAB_SIZE` tokens, 256 positions,
+    untied; biases and norms are random too, so that a loader that drops one is found out.
+
+    Args:
+        architecture: "llama", "mistral", "qwen2" or "qwen3".
+        seed: of the weights; the global random state is left as it was.
+        dtype: of the stored weights. What the model holds has been rounded to it.
+        tokenizer: write `tiny_tokenizer()` as well.
+        generation: write this as generation_config.json, and nothing else into it.
+        max_shard_size: a small one ("100KB") makes shards with an index.
+        **overrides: keys of the transformers configuration class, such as `tie_word_embeddings=True`.
+    """
+    model = random_model(architecture, seed, **overrides)
+    model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(path)
+    return model.float().eval()
+
+
+def random_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """The model of `tiny_checkpoint`, float32, not written anywhere."""
+    config_class, model_class = _CLASSES[architecture]
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    if architecture == "mistral":
+        settings["sliding_window"] = None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config_class(**settings | overrides))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                center = 1.0 if name.endswith("norm.weight") else 0.0
+                parameter.normal_(center, 0.1)
+    return model
+
+
+def tiny_gguf(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    kind: str = "F32",
+    tokenizer: bool = False,
+    metadata: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+    **overrides: Any,
+) -> dict[str, Tensor]:
+    """Write a random `.gguf` file as llama.cpp's converter does, and return its state dict in float32.
+
+    The model of `tiny_checkpoint`, with hidden size 256 and 256 inner, so that every block format fits.
+
+    Args:
+        architecture: "llama", "qwen2" or "qwen3".
+        kind: the type of the matrices; vectors are F32. What is returned has been dequantised by `gguf`.
+        tokenizer: write `tiny_tokenizer()` as a "gpt-2" one.
+        metadata: keys to add or replace; a value of None takes the key out.
+        tensors: float32 tensors to add, by llama.cpp's name.
+        **overrides: keys of the transformers configuration class.
+    """
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    model = random_model(architecture, **sizes | overrides)
+    config = model.config
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.dimension_count": config.head_dim,
+    }
+    keys = {f"{architecture}.{key}": value for key, value in values.items()}
+    keys |= {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    if tokenizer:
+        keys |= _tokenizer_metadata()
+    keys |= metadata or {}
+    writer = gguf.GGUFWriter(path, keys.pop("general.architecture", architecture))
+    for key, value in keys.items():
+        _ADD[type(value)](writer, key, value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    expected: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        quantisation = gguf.GGMLQuantizationType[kind if tensor.ndim > 1 else "F32"]
+        stored = _quantise(tensor, quantisation)
+        expected[name] = torch.from_numpy(np.array(gguf.dequantize(stored, quantisation)))
+        projection = name.split(".")[-2]
+        if architecture == "llama" and projection in heads:
+            stored = _interleave_halves(stored, heads[projection])
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None
+        writer.add_tensor(gguf_name, stored, raw_dtype=quantisation)
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+_ADD: dict[type, Any] = {
+    bool: gguf.GGUFWriter.add_bool,
+    int: gguf.GGUFWriter.add_uint32,
+    float: gguf.GGUFWriter.add_float32,
+    str: gguf.GGUFWriter.add_string,
+    list: gguf.GGUFWriter.add_array,
+    type(None): lambda writer, key, value: None,
+}
+
+
+def _quantise(tensor: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """`[N, K]` to its blocks, uint8 `[N, bytes]`. `gguf` cannot make K-quants, so those are random blocks."""
+    if kind.name not in ("Q4_K", "Q6_K"):
+        return gguf.quantize(tensor, kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(tensor.size).integers(0, 256, (tensor.size // block, size), dtype=np.uint8)
+    scales = slice(0, 4) if kind.name == "Q4_K" else slice(size - 2, size)
+    count = (scales.stop - scales.start) // 2
+    blocks[:, scales] = np.full((len(blocks), count), 0.01, dtype=np.float16).view(np.uint8)
+    return blocks.reshape(len(tensor), -1)
+
+
+def _interleave_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """`LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py."""
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def _tokenizer_metadata() -> dict[str, Any]:
+    tokenizer = tiny_tokenizer()
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in SPECIAL_TOKENS else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
+        "tokenizer.chat_template": tokenizer.chat_template,
+    }
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `VOCAB_SIZE` tokens: three special ones, the 256 bytes, a few merges."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the cat and the hat and the other thing in the end"] * 4, trainer)
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def state_dict(params: Params) -> dict[str, Tensor]:
+    """The weights under transformers' names, with fused projections taken apart."""
+    config = params.config
+    heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+    qkv_sizes = [count * config.head_dim for count in heads]
+    tensors: dict[str, Tensor | None] = {"model.embed_tokens.weight": params.embed}
+    for index, layer in enumerate(params.layers):
+        prefix = f"model.layers.{index}"
+        tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.post_norm
+        tensors[f"{prefix}.self_attn.q_norm.weight"] = layer.q_norm
+        tensors[f"{prefix}.self_attn.k_norm.weight"] = layer.k_norm
+        for names, linear, sizes in (
+            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), layer.qkv, qkv_sizes),
+            (("mlp.gate_proj", "mlp.up_proj"), layer.gate_up, [config.intermediate_size] * 2),
+            (("self_attn.o_proj",), layer.out, [config.hidden_size]),
+            (("mlp.down_proj",), layer.down, [config.hidden_size]),
+        ):
+            for kind, fused in (("weight", linear.weight), ("bias", linear.bias)):
+                if fused is not None:
+                    parts = zip(names, fused.split(sizes), strict=True)
+                    tensors |= {f"{prefix}.{name}.{kind}": part for name, part in parts}
+    tensors["model.norm.weight"] = params.norm
+    tensors["lm_head.weight"] = params.lm_head.weight if params.lm_head else None
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -1,0 +1,101 @@
+"""The default model against transformers, and the first promise on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import state_dict
+from engine import run
+from prompts import token_ids
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import folo
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return folo.load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> list[list[int]]:
+    return token_ids(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def exact() -> folo.Params:
+    return folo.load(dtype="float32", use_tqdm=False)
+
+
+def transformers_model(params: folo.Params, dtype: torch.dtype) -> LlamaForCausalLM:
+    """transformers' own modules around the same weights (their loading is compared in test_load_gguf)."""
+    config = params.config
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
+            tie_word_embeddings=True,
+        )
+    )
+    missing, unexpected = model.load_state_dict(state_dict(params), strict=False)
+    assert (missing, unexpected) in (([], []), (["lm_head.weight"], []))
+    model.tie_weights()
+    return model.to(dtype).eval()
+
+
+def test_greedy_float32_equals_transformers_token_for_token(
+    exact: folo.Params, prompts: list[list[int]]
+) -> None:
+    model = transformers_model(exact, torch.float32)
+    greedy = folo.SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    requests = [folo.Request(ids, greedy, str(n)) for n, ids in enumerate(prompts)]
+    outputs = run(exact, requests, folo.CacheConfig(num_blocks=400))
+    for request in requests:
+        ids = torch.tensor([request.prompt_token_ids])
+        mask = torch.ones_like(ids)
+        with torch.inference_mode():
+            expected = model.generate(  # pyright: ignore[reportCallIssue]
+                ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        assert outputs[request.id].outputs[0].token_ids == expected[0, ids.shape[1] :].tolist(), request.id
+
+
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(
+    exact: folo.Params, prompts: list[list[int]]
+) -> None:
+    """The bound is 1.02: the same rounding of weights and activations, plus noise of the last bit."""
+    half = folo.load(dtype="bfloat16", use_tqdm=False)
+    models = [transformers_model(exact, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    ours = theirs = 0.0
+    with torch.inference_mode():
+        for ids in prompts:
+            truth, rounded = (model(torch.tensor([ids])).logits[0].float() for model in models)
+            ours += (folo.model.forward(half, torch.tensor(ids)) - truth).abs().mean().item()
+            theirs += (rounded - truth).abs().mean().item()
+    print(f"mean |logit error| in bfloat16: folo {ours / 16:.4f}, transformers {theirs / 16:.4f}")
+    assert ours <= 1.02 * theirs
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_alone_and_together_are_bit_identical(prompts: list[list[int]], temperature: float) -> None:
+    params = folo.load(use_tqdm=False)
+    assert params.dtype == torch.bfloat16
+    requests = []
+    for n, ids in enumerate(prompts):
+        sampling = folo.SamplingParams(
+            temperature=temperature, max_tokens=12, seed=n, logprobs=1, ignore_eos=True
+        )
+        requests.append(folo.Request(ids, sampling, str(n)))
+    together = run(params, requests, folo.CacheConfig(num_blocks=400))
+    for request in requests:
+        alone = run(params, [request], folo.CacheConfig(num_blocks=400))[request.id]
+        assert alone.outputs == together[request.id].outputs, "tokens and logprobs, compared as floats"

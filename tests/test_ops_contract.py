@@ -1,0 +1,298 @@
+"""The invariance contract of the model's ops: a row of the output depends, bit for bit, on its own inputs.
+
+What a row has to be equal to is always the plainest way to compute it: `folo.ops.reference`, that row
+alone, one thread. What is compared with it is the registered op on many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from folo import ops
+from folo.ops import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COUNTS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 70, 128, 257)
+ROWS = max(COUNTS)
+THREADS = (1, 2, 3)
+
+pytestmark = pytest.mark.usefixtures("threads")
+
+Op = Callable[[Any, list[int]], tuple[Tensor, ...]]
+"""`op(namespace, rows)` applies an op of the namespace to the chosen rows of a fixed problem."""
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """As torch.equal, but -0.0 differs from 0.0, and NaN equals itself."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+
+
+def check_rows(op: Op) -> None:
+    """Every row of prefixes, permutations and repetitions is what it is alone, with 1, 2 and 3 threads."""
+    torch.set_num_threads(1)
+    alone = [torch.cat(column) for column in zip(*(op(reference, [r]) for r in range(ROWS)), strict=True)]
+    shuffled = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1)).tolist()
+    batches = [list(range(n)) for n in COUNTS]
+    batches += [shuffled, shuffled[:70], shuffled[:5], [200] * 20, list(range(ROWS))[40:57]]
+    for count in THREADS:
+        torch.set_num_threads(count)
+        for rows in batches:
+            for together, expected in zip(op(ops, rows), alone, strict=True):
+                assert same_bits(together, expected[rows]), (len(rows), count)
+
+
+LINEAR_SHAPES = (
+    (1, 576),
+    (20, 20),
+    (36, 130),
+    (100, 576),
+    (64, 1),
+    (192, 512),
+    (576, 1536),
+    (960, 576),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), LINEAR_SHAPES)
+def test_linear_rows_depend_on_themselves_alone(n: int, k: int, dtype: torch.dtype) -> None:
+    x, weight = random(ROWS, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
+    bias = random(n, dtype=dtype) if n % 3 else None
+    check_rows(lambda op, rows: (op.linear(x[rows], weight, bias),))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(36, 130), (576, 576)])
+def test_linear_takes_every_row_count_up_to_70(n: int, k: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)
+    x, weight = random(70, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
+    alone = torch.cat([reference.linear(x[r : r + 1], weight) for r in range(70)])
+    for m in range(71):
+        assert same_bits(ops.linear(x[:m], weight), alone[:m]), m
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [130, 512])
+def test_linear_does_not_see_how_its_input_is_stored(k: int, dtype: torch.dtype) -> None:
+    x, weight = random(48, k, dtype=dtype), random(128, k, dtype=dtype, seed=1)
+    expected = ops.linear(x, weight)
+    shifted = torch.cat((x.new_ones(1), x.flatten()))[1:].view(x.shape)
+    wide = torch.cat((x, x), 1)[:, :k]
+    transposed = x.t().contiguous().t()
+    spread = torch.stack((x, x), -1).flatten(1)[:, ::2]
+    for stored in (shifted, wide, transposed, spread):
+        assert same_bits(ops.linear(stored, weight), expected), stored.stride()
+        assert same_bits(ops.linear(stored[:1], weight), expected[:1]), stored.stride()
+    assert same_bits(ops.linear(x, weight.t().contiguous().t()), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 20, 64, 577, 1536])
+def test_norm_rows_depend_on_themselves_alone(width: int, dtype: torch.dtype) -> None:
+    x, residual = random(ROWS, width, dtype=dtype), random(ROWS, width, dtype=dtype, seed=1)
+    weight = random(width, dtype=dtype)
+    check_rows(lambda op, rows: (op.rms_norm(x[rows], weight, 1e-6),))
+    check_rows(lambda op, rows: op.add_rms_norm(x[rows], residual[rows], weight, 1e-6))
+
+
+def test_norm_of_a_long_row_is_not_divided_between_threads() -> None:
+    """torch.sum divides a row of more than 32768 elements, if there are fewer rows than threads."""
+    x, weight = random(2, 50000), torch.ones(50000)
+    torch.set_num_threads(1)
+    alone = reference.rms_norm(x, weight, 1e-6)
+    for count in THREADS:
+        torch.set_num_threads(count)
+        assert same_bits(ops.rms_norm(x[:1], weight, 1e-6), alone[:1])
+        assert same_bits(ops.rms_norm(x, weight, 1e-6), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 20, 37, 1536])
+def test_silu_mul_rows_depend_on_themselves_alone(width: int, dtype: torch.dtype) -> None:
+    gate_up = random(ROWS, 2 * width, dtype=dtype) * 4
+    check_rows(lambda op, rows: (op.silu_mul(gate_up[rows]),))
+
+
+@pytest.mark.parametrize("frequencies", [1, 8, 37, 40, 64])
+def test_rope_angles_depend_on_the_position_alone(frequencies: int) -> None:
+    inv_freq = 10000 ** -torch.linspace(0, 1, frequencies)
+    positions = torch.arange(ROWS) * 517
+    check_rows(lambda op, rows: (op.rope_angles(positions[rows], inv_freq),))
+
+
+HEADS = ((16, 1, 2), (64, 2, 1), (80, 3, 2), (128, 8, 1), (64, 1, 3))
+"""(head_dim, query heads of a KV head, KV heads)"""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("head_dim", "group", "num_kv_heads"), HEADS)
+def test_qk_norm_rope_write_rows_depend_on_themselves_alone(
+    head_dim: int, group: int, num_kv_heads: int, norm: bool, dtype: torch.dtype
+) -> None:
+    qkv = random(ROWS, (group + 2) * num_kv_heads * head_dim, dtype=dtype)
+    q_norm, k_norm = (random(head_dim, dtype=dtype, seed=s) if norm else None for s in (1, 2))
+    angles = reference.rope_angles(torch.arange(ROWS) * 3, 10000 ** -torch.linspace(0, 1, head_dim // 2))
+    slots = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))
+
+    def apply(op: Any, rows: list[int]) -> tuple[Tensor, ...]:
+        k, v = torch.zeros((2, -(-ROWS // 8), 8, num_kv_heads, head_dim), dtype=dtype)
+        q = op.qk_norm_rope_write(qkv[rows], angles[rows], q_norm, k_norm, 1e-6, k, v, slots[rows])
+        return q, k.flatten(0, 1)[slots[rows]], v.flatten(0, 1)[slots[rows]]
+
+    check_rows(apply)
+
+
+def test_qk_norm_rope_write_writes_nothing_but_its_slots() -> None:
+    k, v = torch.full((2, 4, 8, 2, 16), torch.nan)
+    slots = torch.tensor([5, -1, 17, -1, 30])
+    angles = reference.rope_angles(torch.arange(5), torch.ones(8))
+    ops.qk_norm_rope_write(random(5, 4 * 2 * 16), angles, None, None, 1e-6, k, v, slots)
+    for cache in (k, v):
+        written = ~cache.flatten(0, 1).flatten(1).isnan().all(-1)
+        assert written.nonzero().flatten().tolist() == [5, 17, 30]
+
+
+def test_copy_blocks_copies_whole_blocks_of_every_layer_and_nothing_else() -> None:
+    for dtype in DTYPES:
+        k, v = random(2, 3, 9, 8, 2, 16, dtype=dtype)
+        source, target = torch.tensor([7, 0, 7]), torch.tensor([3, 8, 1])
+        expected_k, expected_v = k.clone(), v.clone()
+        for s, t in zip(source.tolist(), target.tolist(), strict=True):
+            expected_k[:, t], expected_v[:, t] = k[:, s], v[:, s]
+        ops.copy_blocks(k, v, source, target)
+        assert torch.equal(k, expected_k)
+        assert torch.equal(v, expected_v)
+        ops.copy_blocks(k, v, source[:0], target[:0])
+        assert torch.equal(k, expected_k)
+
+
+# --- attention
+
+
+@dataclass(frozen=True)
+class Context:
+    """A sequence: q `[L, Hq, E]`, k and v `[L, Hkv, E]`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def random(cls, length: int, heads: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> Context:
+        head_dim, group, num_kv_heads = heads
+        q = random(length, group * num_kv_heads, head_dim, dtype=dtype, seed=seed) * 3
+        k, v = (random(length, num_kv_heads, head_dim, dtype=dtype, seed=seed + n) for n in (1, 2))
+        return cls(q, k, v)
+
+
+Piece = tuple[Context, int, int]
+"""The queries start:end of a sequence, of which nothing after `end` exists yet."""
+
+
+def attend(pieces: Sequence[Piece], block_size: int = 16, seed: int = 0, op: Any = ops) -> list[Tensor]:
+    """Attention of a batch of pieces, their blocks scattered over a heap that is full of garbage."""
+    counts = [-(-end // block_size) for _, _, end in pieces]
+    places = torch.randperm(sum(counts) + 5, generator=torch.Generator().manual_seed(seed)) + 1
+    tables = torch.zeros(len(pieces), max(counts) + seed % 3, dtype=torch.int32)
+    head_shape, dtype = pieces[0][0].k.shape[1:], pieces[0][0].k.dtype
+    garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, 6e4], dtype=dtype)
+    size = (2, len(places) + 1, block_size, *head_shape)
+    which = torch.randint(4, size, generator=torch.Generator().manual_seed(seed))
+    k, v = garbage[which]
+    for row, ((context, _, end), blocks) in enumerate(zip(pieces, places.split([*counts, 5]), strict=False)):
+        tables[row, : len(blocks)] = blocks
+        for cache, own in ((k, context.k), (v, context.v)):
+            for number, block in enumerate(blocks.tolist()):
+                content = own[number * block_size : min(end, (number + 1) * block_size)]
+                cache[block, : len(content)] = content
+    spans = [end - start for _, start, end in pieces]
+    query_start = torch.tensor([0, *spans]).cumsum(0).int()
+    q = torch.cat([context.q[start:end] for context, start, end in pieces])
+    seq_lens = torch.tensor([end for _, _, end in pieces]).int()
+    out = op.paged_attention(q, k, v, tables, query_start, seq_lens, q.shape[-1] ** -0.5)
+    return list(out.split(spans))
+
+
+def chunked(context: Context, size: int, **layout: Any) -> Tensor:
+    length = len(context.q)
+    pieces = [(context, start, min(start + size, length)) for start in range(0, length, size)]
+    return torch.cat([attend([piece], **layout)[0] for piece in pieces])
+
+
+EDGES = (0, 1, 2, 14, 15, 16, 17, 30, 126, 127, 128, 129, 254, 255, 256, 257, 299)
+
+
+def at_edges(context: Context) -> Tensor:
+    """The rows at EDGES, each computed alone by the reference, as decoding would."""
+    torch.set_num_threads(1)
+    return torch.cat([attend([(context, p, p + 1)], op=reference)[0] for p in EDGES])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_attention_of_a_row_depends_on_its_own_context_alone(
+    heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    context = Context.random(300, heads, dtype)
+    edges = at_edges(context)
+    for count, size in zip(THREADS, (7, 16, 64), strict=True):
+        torch.set_num_threads(count)
+        (whole,) = attend([(context, 0, 300)])
+        assert same_bits(whole[list(EDGES)], edges), count
+        assert same_bits(chunked(context, size), whole), (size, count)
+        mates = [Context.random(length, heads, dtype, seed=length) for length in (1, 77, 40)]
+        pieces = [(mates[0], 0, 1), (context, 0, 300), (mates[1], 76, 77), (mates[2], 13, 40)]
+        (alone,) = attend([pieces[3]], block_size=32)
+        for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+            out = attend([pieces[n] for n in order], seed=sum(order[:2]))
+            assert same_bits(out[order.index(1)], whole), (order, count)
+            assert same_bits(out[order.index(3)], alone), (order, count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 256])
+def test_attention_does_not_see_blocks(block_size: int, dtype: torch.dtype) -> None:
+    context = Context.random(300, (64, 3, 1), dtype)
+    edges = at_edges(context)
+    for seed in range(3):
+        (whole,) = attend([(context, 0, 300)], block_size=block_size, seed=seed)
+        assert same_bits(whole[list(EDGES)], edges), seed
+        assert same_bits(chunked(context, 64, block_size=block_size, seed=seed), whole), seed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_keeps_the_contract_over_long_contexts_and_many_mates(dtype: torch.dtype) -> None:
+    heads = (16, 2, 2)
+    contexts = [Context.random(length, heads, dtype, seed=length) for length in (600, 599, 513, 512, 1, 130)]
+    alone = [attend([(c, 0, len(c.q))], op=reference)[0] for c in contexts]
+    for end in (1, 128, 129, 385, 512, 513, 600):
+        assert same_bits(attend([(contexts[0], end - 1, end)])[0], alone[0][end - 1 : end]), end
+    for count in THREADS:
+        torch.set_num_threads(count)
+        together = attend([(c, 0, len(c.q)) for c in contexts], seed=count)
+        for a, b in zip(together, alone, strict=True):
+            assert same_bits(a, b), count
+        decoding = attend([(c, len(c.q) - 1, len(c.q)) for c in contexts], block_size=8)
+        for a, b in zip(decoding, alone, strict=True):
+            assert same_bits(a, b[-1:]), count
+
+
+def test_attention_takes_an_empty_batch_and_sequences_without_queries() -> None:
+    context = Context.random(40, (16, 2, 2), torch.float32)
+    (whole,) = attend([(context, 0, 40)])
+    first, none, second = attend([(context, 0, 9), (context, 9, 9), (context, 9, 40)])
+    assert none.shape == (0, 4, 16)
+    assert same_bits(torch.cat((first, second)), whole)
+    assert attend([(context, 5, 5)])[0].shape == (0, 4, 16)
