@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: demo test lint format coverage clean
 
 demo: $(VENV)/.folo
-	$(BIN)/folo generate --chat --prompt "What is the capital of France?" --temperature 0 --max-tokens 64
+	$(BIN)/folo generate --chat --prompt "What is gravity?" --temperature 0 --max-tokens 64
 
 test: lint
 	$(BIN)/pytest --cov --cov-report=term

@@ -240,11 +240,11 @@ def _metrics_table(outputs: Sequence[RequestOutput], seconds: float) -> Iterator
 def _info(args: argparse.Namespace) -> None:
     import torch
 
-    from folo.model.load import _open
+    from folo.model.load import open_checkpoint
     from folo.model.locate import locate
 
     path = locate(args.model)
-    checkpoint = _open(path)
+    checkpoint = open_checkpoint(path)
     config = checkpoint.config(
         checkpoint.stored_dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     )

@@ -121,8 +121,8 @@ def _to_host(tiles: Items[device.Sampled], rows: Items[Row]) -> Sampled:
     for row, id in zip(rows, ids, strict=True):
         if id == NO_TOKEN:
             raise RequestError(
-                f"request {row.sequence.id!r}: no token can be sampled at position {row.position}: its logits "
-                f"hold NaN or inf, or every token is banned; abort it, and the others go on"
+                f"request {row.sequence.id!r}: no token can be sampled at position {row.position}: its "
+                f"logits hold NaN or inf, or every token is banned; abort it, and the others go on"
             )
     return Sampled(ids, scores)
 

@@ -29,10 +29,10 @@ def exact() -> folo.Params:
     return folo.load(dtype="float32", use_tqdm=False)
 
 
-def transformers_model(params: folo.Params, dtype: torch.dtype) -> LlamaForCausalLM:
+def transformers_model(params: folo.Params, dtype: torch.dtype) -> Any:
     """transformers' own modules around the same weights (their loading is compared in test_load_gguf)."""
     config = params.config
-    model = LlamaForCausalLM(
+    model: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -63,8 +63,13 @@ def test_greedy_float32_equals_transformers_token_for_token(
         ids = torch.tensor([request.prompt_token_ids])
         mask = torch.ones_like(ids)
         with torch.inference_mode():
-            expected = model.generate(  # pyright: ignore[reportCallIssue]
-                ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+            expected = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=64,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )
         assert outputs[request.id].outputs[0].token_ids == expected[0, ids.shape[1] :].tolist(), request.id
 

@@ -29,16 +29,19 @@ def test_a_block_is_free_again_when_its_last_reference_goes() -> None:
     assert (again.index, again.claimed) == (index, 0)
 
 
+def leave_in_a_cycle(heap: KVHeap) -> None:
+    cycle: list[object] = [heap.allocate(0)]
+    cycle.append(cycle)
+
+
 def test_blocks_in_reference_cycles_are_found_before_the_heap_gives_up() -> None:
     heap = small_heap()
     gc.collect()
     gc.disable()
     try:
         for _ in range(3):
-            cycle: list[object] = [heap.allocate(0)]
-            cycle.append(cycle)
+            leave_in_a_cycle(heap)
         assert heap.num_free == 0
-        del cycle
         assert heap.allocate(0).index in range(3)
     finally:
         gc.enable()
@@ -53,13 +56,15 @@ def test_heap_memory_is_zero_aligned_and_untouched_until_used() -> None:
 def test_an_exhausted_heap_names_who_holds_the_blocks_and_the_way_out(tiny: folo.Params) -> None:
     cache = folo.CacheConfig(block_size=8, num_blocks=8)
     state = folo.init(tiny, cache, folo.SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=8))
+    one = folo.SamplingParams(max_tokens=1)
     held = []
-    with pytest.raises(folo.OutOfBlocksError, match=r"pinned by other states.*reserve_blocks") as caught:
-        for n in range(40):  # each state that is kept pins the blocks of a prompt of its own
-            state = folo.submit(state, folo.Request(prompt(9, n), folo.SamplingParams(max_tokens=1), str(n)))
-            state = finish_all(tiny, state)
-            held.append(state)
-    del caught
+    while state.heap.num_free > 1:  # each state that is kept pins the blocks of a prompt of its own
+        held.append(state)
+        state = folo.submit(state, folo.Request(prompt(9, len(held)), one, str(len(held))))
+        state = finish_all(tiny, state)
+    state = folo.submit(state, folo.Request(prompt(9, 0), one, "last"))
+    with pytest.raises(folo.OutOfBlocksError, match=r"pinned by other states.*reserve_blocks"):
+        finish_all(tiny, state)
     # Nothing is lost: with the older states dropped, the one at hand goes on.
     held.clear()
     assert not folo.has_unfinished(finish_all(tiny, state))

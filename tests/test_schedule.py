@@ -18,9 +18,9 @@ def state_of(
     return folo.init(params, cache, folo.SchedulerConfig(**scheduler))  # pyright: ignore[reportArgumentType]
 
 
-def submit_all(state: folo.EngineState, lengths: list[int], **options: int) -> folo.EngineState:
+def submit_all(state: folo.EngineState, lengths: list[int]) -> folo.EngineState:
     for n, length in enumerate(lengths):
-        state = folo.submit(state, folo.Request(prompt(length, n), LONG, str(n), **options))
+        state = folo.submit(state, folo.Request(prompt(length, n), LONG, str(n)))
     return state
 
 

@@ -206,21 +206,21 @@ class Program(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "held"):
             return
-        for state in self.held:
-            for _ in range(5000):  # ends much earlier, unless something starves
-                batch = folo.schedule(state)
-                if batch is None:
-                    break
-                state, _ = folo.step(self.params, state, batch)
-                folo.check(state)
-            assert not folo.has_unfinished(state)
-            state, done = folo.collect(state)
-            self.compare(done)
-            assert state.pool.used == 0
         heap = self.held[0].heap
-        del state, batch
-        self.held.clear()
+        while self.held:
+            self.run_out(self.held.pop())
         assert heap.num_free == heap.num_blocks
+
+    def run_out(self, state: folo.EngineState) -> None:
+        steps = 0
+        while (batch := folo.schedule(state)) is not None:
+            state, _ = folo.step(self.params, state, batch)
+            folo.check(state)
+            assert (steps := steps + 1) < 5000, "it ends much earlier, unless something starves"
+        assert not folo.has_unfinished(state)
+        state, done = folo.collect(state)
+        self.compare(done)
+        assert state.pool.used == 0
 
 
 def test_random_programs_leave_every_state_valid_and_every_output_its_own(tiny: folo.Params) -> None:

@@ -178,7 +178,9 @@ def test_tokens_say_whose_they_are(tiny: folo.Params) -> None:
     state = folo.submit(state, folo.Request(prompt(6), ROUGH, "scored"))
     history: dict[tuple[str, int], list[int]] = {}
     while folo.has_unfinished(state):
-        for id, sample, token in zip(tokens.request_ids, tokens.sample_indices, tokens.ids.tolist(), strict=True):
+        for id, sample, token in zip(
+            tokens.request_ids, tokens.sample_indices, tokens.ids.tolist(), strict=True
+        ):
             history.setdefault((id, sample), []).append(token)
         state, tokens = next_step(tiny, state)
         if tokens.logprobs is not None:

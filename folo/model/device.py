@@ -13,6 +13,7 @@ from folo.model.forward import attend_in_heap, hidden_states, logits
 from folo.model.params import Params
 from folo.ops.sampler import PURPOSE_DRAW
 
+
 @dataclass(frozen=True)
 class Sampled:
     """ids int64 `[R]`; logprob float32 `[R]`, rank int64 `[R]`, top_* `[R, k]`, or None if no row asked."""

@@ -35,7 +35,7 @@ def hidden_states(
     `op` holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
     """
     eps = params.config.rms_norm_eps
-    angles = op.rope_angles(positions, _inv_freq(params))
+    angles = op.rope_angles(positions, _inv_freq(params.config, params.dtype, params.device))
     residual = params.embed[token_ids]
     x = op.rms_norm(residual, params.layers[0].input_norm, eps)
     following = (*(layer.input_norm for layer in params.layers[1:]), params.norm)
@@ -48,11 +48,12 @@ def hidden_states(
 
 
 @torch.compiler.assume_constant_result
-def _inv_freq(params: Params) -> Tensor:
-    """Rotary frequencies where the weights are. A constant to a compiler: in its code they would round
-    differently."""
-    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
-    return params.config.inv_freq().to(params.device, dtype)
+def _inv_freq(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rotary frequencies, as a constant to a compiler: computed by its own code, they would round otherwise.
+
+    Whatever is compiled with them is guarded by the identity of `config`.
+    """
+    return config.inv_freq().to(device, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def logits(params: Params, hidden: Tensor, op: Any = ops) -> Tensor:

@@ -47,7 +47,7 @@ def load(
         LoadError: the checkpoint is missing, damaged, unsupported, or in pickle files.
         ConfigError: `dtype` or `device` is none that can be used.
     """
-    checkpoint = _open(locate(model))
+    checkpoint = open_checkpoint(locate(model))
     config = checkpoint.config(_resolve_dtype(dtype, checkpoint))
     _check_tensors(checkpoint, config)
     return _assemble(checkpoint, config, _resolve_device(device), use_tqdm)
@@ -87,7 +87,7 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _open(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return SafetensorsDirectory(path)
     if path.suffix == ".gguf":

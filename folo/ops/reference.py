@@ -171,7 +171,8 @@ def paged_attention(
     One order for every row: tiles of KV_TILE keys from position 0 upward under an online softmax
     (Milakov & Gimelshein 2018; Dao et al. 2022), in float32. The query rows of a KV head go in
     tiles of ROW_TILE, so each product has one shape. A tile that a row cannot see is an exact
-    no-op for it: its weights are exp(-inf) = 0, and the rescaling is exp(0) = 1.
+    no-op for it: its weights are exp(-inf) = 0, and the rescaling is exp(0) = 1. (So long as K and V
+    of the sequence are finite: 0 * inf is not. Beyond its end they may be anything.)
     """
     tiles = _query_tiles(q, k_cache.shape[2], query_start.tolist(), seq_lens.tolist())
     if tiles is None:

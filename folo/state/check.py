@@ -82,11 +82,15 @@ def _check_pool(state: EngineState) -> None:
         _require(objects.setdefault(block.index, block) is block, f"two objects stand for {block}")
         _require(pool.digests.get(block.index) == digest, f"the index and its inverse differ on {block}")
         _require(block.claimed == state.cache.block_size, f"{block} is indexed, but not full")
-        _require(entry.parent == ROOT or entry.parent in pool.index, f"the parent of {block} was evicted first")
+        _require(
+            entry.parent == ROOT or entry.parent in pool.index, f"the parent of {block} was evicted first"
+        )
     _require(all(0 <= i < state.heap.num_blocks for i in objects), "a block lies outside the heap")
     _require(len(pool.digests) == len(pool.index), "the index and its inverse differ in size")
     _require(pool.used == len(uses), f"{len(uses)} blocks are in use, {pool.used} accounted for")
-    _require(dict(pool.sharers.items()) == {i: n for i, n in uses.items() if n > 1}, "the shares do not add up")
+    _require(
+        dict(pool.sharers.items()) == {i: n for i, n in uses.items() if n > 1}, "the shares do not add up"
+    )
     idle = set(pool.digests) - set(uses)
     _require(set(pool.idle) == idle, f"{len(idle)} blocks are idle, {len(pool.idle)} accounted for")
     inverse = {stamp: i for i, stamp in pool.idle.items()}
