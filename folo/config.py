@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +19,10 @@ def _require(ok: bool, name: str, value: Any, expected: str) -> None:
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,9 @@ class CacheConfig:
         _require(_is_count(block, 8) and block <= 256, "block_size", block, "an int in [8, 256]")
         blocks = self.num_blocks
         _require(blocks is None or _is_count(blocks, 1), "num_blocks", blocks, "None or an int of at least 1")
-        _require(self.kv_cache_gib > 0, "kv_cache_gib", self.kv_cache_gib, "a number above 0, in GiB")
-        share = self.gpu_memory_utilization
-        _require(0 < share <= 1, "gpu_memory_utilization", share, "a share in (0, 1]")
+        memory, share = self.kv_cache_gib, self.gpu_memory_utilization
+        _require(_is_finite(memory) and memory > 0, "kv_cache_gib", memory, "a number above 0, in GiB")
+        _require(_is_finite(share) and 0 < share <= 1, "gpu_memory_utilization", share, "a share in (0, 1]")
         reserve = self.reserve_blocks
         _require(_is_count(reserve, 0), "reserve_blocks", reserve, "an int of at least 0")
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from folo.sampling import SamplingParams
+
 # A sequence's sampling parameters, one C struct: packed once when the request is submitted, joined
 # to columns at every step.
 SAMPLING = np.dtype(
@@ -23,6 +25,20 @@ SAMPLING = np.dtype(
     ]
 )
 
+
+def pack_sampling(params: SamplingParams, seed: int, sample_index: int) -> bytes:
+    """One SAMPLING as bytes."""
+    row = np.zeros((), SAMPLING)
+    row["temperature"], row["top_k"] = params.temperature, params.top_k
+    row["min_p"], row["top_p"] = params.min_p, params.top_p
+    row["repetition"] = params.repetition_penalty
+    row["presence"], row["frequency"] = params.presence_penalty, params.frequency_penalty
+    row["seed"] = seed - 2**64 if seed >= 2**63 else seed  # the same bits, signed: torch has no uint64 ops
+    row["sample_index"] = sample_index
+    return row.tobytes()
+
+
+NO_LOGPROBS = -1  # a row's num_logprobs if it wants none, not even its own token's
 ROWS_PER_TILE = 64  # bounds the memory of float32 logits: 64 rows of the vocabulary at a time
 
 
@@ -45,7 +61,7 @@ class Penalties:
 class Rows:
     """At most ROWS_PER_TILE rows of which logits are wanted: to sample from, or to score a target.
 
-    What no row of the tile asks for is left out (None, or num_logprobs == -1): the ops are exact
+    What no row of the tile asks for is left out (None, or NO_LOGPROBS): the ops are exact
     no-ops for rows that do not ask, so leaving one out changes no bit.
     """
 

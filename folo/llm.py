@@ -25,11 +25,13 @@ from folo.sampling import SamplingParams
 from folo.state import sequence as state_sequence
 from folo.state.engine import EngineState, init
 from folo.state.lifecycle import abort, collect, submit, vacate
-from folo.state.outputs import has_unfinished, output_of, text_of
+from folo.state.outputs import has_unfinished, output_of, text_of, token_text_of
 from folo.state.schedule import schedule
 from folo.step import step
 
-Prompt = str | Sequence[int]
+# Text, token ids (a one-dimensional tensor too), or vLLM's {"prompt": ...} or
+# {"prompt_token_ids": ...}.
+Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 
@@ -67,7 +69,9 @@ class LLMEngine:
         )
         self._next_id = 0
         self._clocks: dict[str, Clock] = {}
-        self._texts: dict[tuple[str, int], tuple[int, TextState]] = {}  # tokens decoded, and their text
+        # By request id and sample: whose text it is, how many tokens it is of, and the text.
+        self._texts: dict[tuple[str, int], tuple[Request, int, TextState]] = {}
+        self._pieces: dict[int, str | None] = {}  # the text of single tokens, for logprobs
         self._done: dict[str, RequestOutput] = {}  # finished, and not yet given to whoever asked
         self._streams: set[str] = set()  # requests whose outputs belong to an open stream
 
@@ -90,8 +94,9 @@ class LLMEngine:
 
         Raises RequestError if there is no such request.
         """
-        self.state = abort(self.state, request_id)
-        self._collect()
+        if request_id not in self._done:  # else it ended by itself, just before
+            self.state = abort(self.state, request_id)
+            self._collect()
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to compute or to hand out."""
@@ -99,10 +104,15 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step: the outputs so far of requests that got tokens, and those that have ended."""
-        moved = dict.fromkeys(self._advance())
-        ended = [self._done.pop(id) for id in [*self._done] if id not in self._streams]
-        running = [id for id in moved if id in self.state.requests and id not in self._streams]
-        return [*ended, *(self._output(id) for id in running)]
+        moved = {id for id in self._advance() if id in self.state.requests} - self._streams
+        unfinished: dict[str, list[state_sequence.Sequence]] = {id: [] for id in moved}
+        for sequence in (*self.state.running, *self.state.waiting) if moved else ():
+            if sequence.id in moved:
+                unfinished[sequence.id].append(sequence)
+        running = [self._output(id, sequences) for id, sequences in unfinished.items()]
+        ended = [self._done[id] for id in self._done.keys() - self._streams]
+        self._done = {id: self._done[id] for id in self._done.keys() & self._streams}
+        return sorted([*ended, *running], key=lambda output: output.metrics["arrival"])
 
     def generate(
         self,
@@ -144,8 +154,9 @@ class LLMEngine:
 
     def encode(self, prompt: Prompt) -> Sequence[int]:
         """Token ids of a prompt; ids pass through. Raises RequestError for text without a tokenizer."""
+        prompt = _unpacked(prompt) if isinstance(prompt, Mapping) else prompt
         if not isinstance(prompt, str):
-            return prompt
+            return prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
         if self.tokenizer is None:
             raise RequestError(
                 "a text prompt needs a tokenizer; give token ids, or skip_tokenizer_init=False"
@@ -162,6 +173,7 @@ class LLMEngine:
         self, id: str, prompt: Prompt, sampling: SamplingParams | None, priority: int = 0
     ) -> Request:
         sampling = self.get_default_sampling_params() if sampling is None else sampling
+        prompt = _unpacked(prompt) if isinstance(prompt, Mapping) else prompt
         text = prompt if isinstance(prompt, str) else None
         return Request(self.encode(prompt), sampling, id, priority, prompt=text)
 
@@ -214,9 +226,9 @@ class LLMEngine:
 
     def _stream(self, request: Request) -> Generator[str, None, RequestOutput]:
         id, shown = request.id, 0
-        self._submit(request)
-        self._streams.add(id)
         try:
+            self._streams.add(id)
+            self._submit(request)
             while id not in self._done:
                 self._advance()
                 for sequence in self.state.sequences(id) if id not in self._done else ():
@@ -254,25 +266,37 @@ class LLMEngine:
         now = time.perf_counter()
         for item in batch.scheduled:
             if item.admitted:
-                self._clocks[item.sequence.id] = self._clocks[item.sequence.id].admit(begun)
+                self._clocks[item.sequence.id] = self._clock(item.sequence.id).admit(begun)
         for id in tokens.request_ids:
-            self._clocks[id] = self._clocks[id].token(now)
+            self._clocks[id] = self._clock(id).token(now)
         self._collect()
         return tokens.request_ids
 
+    def _clock(self, id: str) -> Clock:
+        """A request's clock; a new one if `state` was set to a value that holds requests from before."""
+        return self._clocks.get(id) or Clock()
+
     def _collect(self) -> None:
         before = self.state
-        self.state, done = collect(before)
+        after, done = collect(before)
         for id, output in done.items():
-            num_samples = before.admitted(id).num_samples
-            self._done[id] = replace(output, metrics=self._clocks.pop(id).metrics(num_samples))
+            num_samples = before.held(id).num_samples
+            self._done[id] = replace(output, metrics=self._clock(id).metrics(num_samples))
+            self._clocks.pop(id, None)
             for sample in range(num_samples):
                 self._texts.pop((id, sample), None)
+        self.state = after
 
-    def _output(self, id: str) -> RequestOutput:
-        admitted = self.state.admitted(id)
-        output = output_of(self.state, admitted, self.state.sequences(id), self._text)
-        return replace(output, metrics=self._clocks[id].metrics(admitted.num_samples))
+    def _output(self, id: str, unfinished: Sequence[state_sequence.Sequence]) -> RequestOutput:
+        held = self.state.held(id)
+        output = output_of(self.state, held, unfinished, self._text, self._token_text)
+        return replace(output, metrics=self._clock(id).metrics(held.num_samples))
+
+    def _token_text(self, tokenizer: Any, token: int) -> str | None:
+        known = self._pieces.get(token)
+        if known is None:
+            known = self._pieces[token] = token_text_of(tokenizer, token)
+        return known
 
     def _text(self, tokenizer: Any, sequence: state_sequence.Sequence) -> str:
         """`text_of`, decoding only the tokens that are new since the last call."""
@@ -286,12 +310,12 @@ class LLMEngine:
 
     def _decoded(self, tokenizer: Any, sequence: state_sequence.Sequence) -> TextState:
         request, key, ids = sequence.origin.request, (sequence.id, sequence.origin.sample), sequence.text_ids
-        known = self._texts.get(key)
-        if known is None:
+        owner, seen, text = self._texts.get(key) or (None, 0, None)
+        if text is None or owner is not request or seen > len(ids):  # `state` was set to an older value
             skip = request.sampling.skip_special_tokens
-            known = 0, detokenize.begin(tokenizer, request.prompt_token_ids, skip)
-        text = detokenize.advance(tokenizer, known[1], ids[known[0] :])
-        self._texts[key] = len(ids), text
+            seen, text = 0, detokenize.begin(tokenizer, request.prompt_token_ids, skip)
+        text = detokenize.advance(tokenizer, text, ids[seen:])
+        self._texts[key] = request, len(ids), text
         return text
 
 
@@ -376,7 +400,21 @@ class LLM(LLMEngine):
 
 
 def _is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    if isinstance(prompts, torch.Tensor):
+        return prompts.ndim == 1
+    return len(prompts) > 0 and isinstance(prompts[0], Integral)
+
+
+def _unpacked(prompt: Mapping[str, Any]) -> str | Sequence[int]:
+    for key in ("prompt", "prompt_token_ids"):
+        if prompt.keys() == {key}:
+            return prompt[key]
+    raise RequestError(
+        f'a prompt is text, token ids, {{"prompt": text}} or {{"prompt_token_ids": ids}}; got the keys '
+        f"{', '.join(map(repr, prompt))}"
+    )
 
 
 def _engine_config(

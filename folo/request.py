@@ -68,8 +68,7 @@ class CompletionOutput:
     """One continuation of a prompt.
 
     finish_reason: None while it runs, then "stop", "length" or "abort". stop_reason: the stop
-    string or stop token id that ended it. lineage: the forks that it descends from, oldest first,
-    as (parent request id, tokens kept, seed).
+    string or stop token id that ended it. cumulative_logprob: None if no logprobs were computed.
     """
 
     index: int
@@ -80,7 +79,6 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: int | str | None
     seed: int
-    lineage: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -93,6 +91,7 @@ class RequestOutput:
 
     prompt_logprobs: None for the first prompt token, then {token id: Logprob} for each.
     num_cached_tokens: prompt tokens whose K and V came from the prefix cache (sample 0).
+    lineage: the forks that it descends from, oldest first, as (parent request id, tokens kept, seed).
     metrics: filled by the shell (LLM, LLMEngine), which owns the clock; seconds and tokens a second.
     """
 
@@ -103,4 +102,5 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    lineage: tuple[tuple[str, int, int], ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)

@@ -240,8 +240,9 @@ def transforms_of(params: SamplingParams) -> RowTransform:
 
 def derive_seed(engine_seed: int, request_id: str) -> int:
     """The seed, in [0, 2**64), of a request that has none: blake2b of the engine's seed and the id."""
-    data = _integer("engine seed", engine_seed).to_bytes(8, "little") + request_id.encode()
-    return int.from_bytes(hashlib.blake2b(data).digest()[:8], "little")
+    digest = hashlib.blake2b(_integer("engine seed", engine_seed).to_bytes(8, "little"))
+    digest.update(request_id.encode("utf-8", "surrogatepass"))
+    return int.from_bytes(digest.digest()[:8], "little")
 
 
 def _warp(temperature: float = 1.0, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> RowTransform:

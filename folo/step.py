@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from folo.errors import ParamsMismatchError, RequestError, StaleBatchError
-from folo.inputs import ROWS_PER_TILE, Rows
+from folo.inputs import NO_LOGPROBS, Rows
 from folo.model import device
 from folo.model.params import Params
 from folo.ops.sampler import NO_TOKEN
 from folo.sampling import Context
-from folo.state.advance import Sampled, advance
+from folo.state.advance import Results, advance
 from folo.state.bind import bind
 from folo.state.engine import EngineState
-from folo.state.layout import Row, inputs_of, rows_of
+from folo.state.layout import Row, inputs_of, tiles_of
 from folo.state.schedule import Batch
 from folo.state.sequence import TokenLogprobs
 
@@ -36,7 +36,7 @@ class Tokens:
     sample_indices: tuple[int, ...]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState, Tokens]:
     """Compute the batch, sample, and return the state after it. `state` stays as it was.
 
@@ -55,15 +55,14 @@ def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState,
             "this state belongs to other parameters: its K and V come from them; step it with those"
         )
     bound = bind(batch)
-    rows = rows_of(bound)
-    inputs = inputs_of(bound, rows, params.device)
+    tiles = tiles_of(bound)
+    inputs = inputs_of(bound, tiles, params.device)
     hidden = device.run(params, state.heap.k, state.heap.v, inputs)
-    tiles = [
-        _sample(params, hidden, tile, rows[number * ROWS_PER_TILE :][:ROWS_PER_TILE])
-        for number, tile in enumerate(inputs.rows)
-    ]
-    sampled = _to_host(tiles, rows)
-    return advance(bound, rows, sampled), _tokens(rows, sampled)
+    sampled = [_sample(params, hidden, *tile) for tile in zip(inputs.rows, tiles, strict=True)]
+    rows = [row for tile in tiles for row in tile]
+    results = _to_host(sampled, tiles)
+    _refuse_unsampled(rows, results.ids)
+    return advance(bound, rows, results), _tokens(rows, results)
 
 
 def _sample(params: Params, hidden: Tensor, tile: Rows, rows: Items[Row]) -> device.Sampled:
@@ -99,14 +98,13 @@ def _transformed(logits: Tensor, row: Row) -> Tensor:
     return logits
 
 
-def _to_host(tiles: Items[device.Sampled], rows: Items[Row]) -> Sampled:
+def _to_host(sampled: Items[device.Sampled], tiles: Items[Items[Row]]) -> Results:
     ids: list[int] = []
     scores: list[TokenLogprobs | None] = []
-    for number, tile in enumerate(tiles):
+    for tile, rows in zip(sampled, tiles, strict=True):
         ids += tile.ids.tolist()
-        members = rows[number * ROWS_PER_TILE :][:ROWS_PER_TILE]
         if tile.logprob is None or tile.rank is None or tile.top_ids is None or tile.top_logprobs is None:
-            scores += [None] * len(members)
+            scores += [None] * len(rows)
             continue
         columns = (
             tile.logprob.tolist(),
@@ -114,25 +112,28 @@ def _to_host(tiles: Items[device.Sampled], rows: Items[Row]) -> Sampled:
             tile.top_ids.tolist(),
             tile.top_logprobs.tolist(),
         )
-        for row, logprob, rank, top_ids, top_logprobs in zip(members, *columns, strict=True):
+        for row, logprob, rank, top_ids, top_logprobs in zip(rows, *columns, strict=True):
             k = row.num_logprobs
             score = TokenLogprobs(logprob, rank, tuple(top_ids[:k]), tuple(top_logprobs[:k]))
-            scores.append(score if k >= 0 else None)
+            scores.append(None if k == NO_LOGPROBS else score)
+    return Results(ids, scores)
+
+
+def _refuse_unsampled(rows: Items[Row], ids: Items[int]) -> None:
     for row, id in zip(rows, ids, strict=True):
         if id == NO_TOKEN:
             raise RequestError(
                 f"request {row.sequence.id!r}: no token can be sampled at position {row.position}: its "
                 f"logits hold NaN or inf, or every token is banned; abort it, and the others go on"
             )
-    return Sampled(ids, scores)
 
 
-def _tokens(rows: Items[Row], sampled: Sampled) -> Tokens:
+def _tokens(rows: Items[Row], results: Results) -> Tokens:
     at = [n for n, row in enumerate(rows) if row.target < 0]
-    scores = [sampled.scores[n] for n in at]
+    scores = [results.scores[n] for n in at]
     values = [float("nan") if score is None else score.logprob for score in scores]
     return Tokens(
-        ids=torch.tensor([sampled.ids[n] for n in at], dtype=torch.int64),
+        ids=torch.tensor([results.ids[n] for n in at], dtype=torch.int64),
         logprobs=torch.tensor(values, dtype=torch.float32) if any(s is not None for s in scores) else None,
         request_ids=tuple(rows[n].sequence.id for n in at),
         sample_indices=tuple(rows[n].sequence.origin.sample for n in at),

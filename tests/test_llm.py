@@ -96,7 +96,7 @@ class TestGenerate:
         assert completion.finished
         assert (completion.finish_reason, completion.stop_reason) == ("length", None)
         assert completion.text == llm.tokenizer.decode(completion.token_ids)
-        assert completion.lineage == ()
+        assert output.lineage == ()
         assert completion.logprobs is not None
         assert completion.cumulative_logprob == pytest.approx(
             sum(row[token].logprob for row, token in zip(completion.logprobs, ids_of(output), strict=True))
@@ -489,3 +489,66 @@ class TestConfiguration:
         tiny_checkpoint(tmp_path)
         llm = small_llm(str(tmp_path), tokenizer=checkpoint)
         assert llm.generate("the cat", SEEDED, use_tqdm=False)[0].prompt == "the cat"
+
+
+class TestRewinding:
+    """The engine is `state`: setting it to an older value is going back."""
+
+    def test_the_engine_goes_on_from_an_older_state(self, llm: LLM) -> None:
+        params = SamplingParams(seed=3, max_tokens=12, ignore_eos=True, detokenize=True)
+        llm.add_request("back", "the cat sat", params)
+        for _ in range(4):
+            llm.step()
+        older = llm.state
+        texts = []
+        for _ in range(2):
+            llm.state = older
+            pieces = []
+            while llm.has_unfinished_requests():
+                (output,) = llm.step()
+                pieces.append(output.outputs[0].text)
+            texts.append(pieces)
+        assert texts[0] == texts[1]
+        assert len(texts[0]) == 8
+
+    def test_an_output_is_not_lost_when_a_step_is_interrupted(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        llm.add_request("short", "the cat", SamplingParams(seed=1, max_tokens=1, ignore_eos=True))
+        llm.add_request("long", "the dog", SamplingParams(seed=1, max_tokens=3, ignore_eos=True))
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm, "_output", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                llm.step()
+        seen = set()
+        while llm.has_unfinished_requests():
+            seen |= {output.request_id for output in llm.step() if output.finished}
+        assert seen == {"short", "long"}
+
+    def test_aborting_what_has_just_ended_is_fine(self, llm: LLM) -> None:
+        llm.add_request("over", [5, 6], SamplingParams(seed=1, max_tokens=1, ignore_eos=True))
+        llm._advance()
+        llm.abort_request("over")
+        (output,) = llm.step()
+        assert output.outputs[0].finish_reason == "length"
+
+
+class TestPromptForms:
+    def test_mappings_and_tensors_are_prompts(self, llm: LLM) -> None:
+        params = SamplingParams(seed=1, max_tokens=3, ignore_eos=True)
+        ids = list(llm.encode("the cat"))
+        forms: list[Any] = [{"prompt": "the cat"}, {"prompt_token_ids": ids}, torch.tensor(ids), "the cat"]
+        outputs = [llm.generate(form, params, use_tqdm=False)[0] for form in forms]
+        outputs += llm.generate(forms, params, use_tqdm=False)
+        assert {tuple(output.outputs[0].token_ids) for output in outputs} == {
+            tuple(outputs[0].outputs[0].token_ids)
+        }
+        assert [output.prompt for output in outputs[:4]] == ["the cat", None, None, "the cat"]
+
+    def test_other_keys_are_refused(self, llm: LLM) -> None:
+        with pytest.raises(RequestError, match="got the keys 'text'"):
+            llm.generate({"text": "x"}, use_tqdm=False)

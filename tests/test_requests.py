@@ -98,6 +98,31 @@ def test_best_of_returns_the_likeliest_samples_first(tiny: folo.Params) -> None:
     assert best[0].logprobs is None
 
 
+def test_best_of_prefers_a_finished_sample_to_one_that_was_cut_short(tiny: folo.Params) -> None:
+    sampling = folo.SamplingParams(best_of=3, max_tokens=4, ignore_eos=True)
+    state = folo.init(tiny, scheduler=folo.SchedulerConfig(max_num_seqs=1))
+    state = folo.submit(state, folo.Request(prompt(8), sampling, "a"))
+    while len(state.held("a").ended) < 1:
+        batch = folo.schedule(state)
+        assert batch is not None
+        state, _ = folo.step(tiny, state, batch)
+    (output,) = folo.outputs(folo.abort(state, "a"))["a"].outputs
+    assert (len(output.token_ids), output.finish_reason) == (4, "length")
+
+
+def test_sampled_ids_can_be_differentiated_through(tiny: folo.Params) -> None:
+    """What `step` returns are ordinary tensors: the loss of an RL loop is taken at them."""
+    state = folo.submit(folo.init(tiny), folo.Request(prompt(8), folo.SamplingParams(logprobs=0), "a"))
+    batch = folo.schedule(state)
+    assert batch is not None
+    _, tokens = folo.step(tiny, state, batch)
+    assert not tokens.ids.is_inference()
+    embed = tiny.embed.clone().requires_grad_()
+    embed[tokens.ids].sum().backward()
+    assert embed.grad is not None
+    assert embed.grad.sum() == tiny.embed.shape[1]
+
+
 def test_cumulative_logprob_is_the_sum_of_the_tokens(tiny: folo.Params) -> None:
     output = one(tiny, prompt(8), seed=3, max_tokens=9, logprobs=0, ignore_eos=True).outputs[0]
     assert output.logprobs is not None
@@ -277,6 +302,17 @@ def test_finish_and_abort_end_a_request_where_it_stands(tiny: folo.Params) -> No
     assert state.pool.used == 0
 
 
+def test_an_unknown_finish_reason_is_refused(tiny: folo.Params) -> None:
+    state = folo.submit(folo.init(tiny), folo.Request(prompt(8), folo.SamplingParams(), "a"))
+    with pytest.raises(folo.RequestError, match="finish reason 'banana'"):
+        folo.finish(state, "a", "banana")
+
+
+def test_ids_and_salts_may_be_any_string(tiny: folo.Params) -> None:
+    request = folo.Request(prompt(40), folo.SamplingParams(max_tokens=1), "\ud800", cache_salt="\udfff")
+    assert run(tiny, [request])["\ud800"].finished
+
+
 BAD_REQUESTS = [
     ([], {}, "prompt is empty"),
     ([3, 300], {}, r"token id 300 is outside the vocabulary, \[0, 300\)"),
@@ -319,6 +355,9 @@ def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
         (lambda p: folo.CacheConfig(block_size=4), r"block_size=4: expected an int in \[8, 256\]"),
         (lambda p: folo.CacheConfig(num_blocks=0), "num_blocks=0"),
         (lambda p: folo.CacheConfig(kv_cache_gib=0), "kv_cache_gib=0"),
+        (lambda p: folo.CacheConfig(kv_cache_gib=math.inf), "kv_cache_gib=inf"),
+        (lambda p: folo.CacheConfig(kv_cache_gib=cast("Any", "4")), "kv_cache_gib='4'"),
+        (lambda p: folo.init(p, seed=-1), "seed=-1"),
         (lambda p: folo.CacheConfig(gpu_memory_utilization=1.5), "gpu_memory_utilization=1.5"),
         (lambda p: folo.CacheConfig(reserve_blocks=-1), "reserve_blocks=-1"),
         (lambda p: folo.SchedulerConfig(max_num_seqs=0), "max_num_seqs=0"),

@@ -195,3 +195,45 @@ def test_the_oldest_leaf_is_evicted_first(tiny: folo.Params) -> None:
         assert batch is not None
         hits[n] = batch.scheduled[0].start
     assert hits == {0: 16, 1: 0, 2: 8}
+
+
+def test_later_requests_do_not_take_the_blocks_that_an_admitted_prompt_still_needs(tiny: folo.Params) -> None:
+    cache = folo.CacheConfig(block_size=8, num_blocks=30)
+
+    def steps_to_the_first_token(lengths: list[int]) -> int:
+        state = state_of(tiny, cache, max_num_batched_tokens=64, long_prefill_token_threshold=16)
+        state = submit_all(state, lengths)
+        while not folo.outputs(state)["0"].outputs[0].token_ids:
+            state = step(tiny, state)
+        return state.counters.steps
+
+    assert steps_to_the_first_token([200]) == 13
+    assert steps_to_the_first_token([200, *[16] * 8]) == 13
+
+
+def test_a_sample_that_waits_for_its_prompt_holds_up_nobody(tiny: folo.Params) -> None:
+    two = folo.SamplingParams(temperature=1.0, n=2, max_tokens=6, ignore_eos=True)
+    state = state_of(tiny, max_num_batched_tokens=64, long_prefill_token_threshold=16)
+    state = folo.submit(state, folo.Request(prompt(100), two, "a"))
+    state = folo.submit(state, folo.Request(prompt(5), LONG, "b"))
+    assert plan(state) == [("a", 0, 16), ("b", 0, 5)]
+    outputs = folo.outputs(finish_all(tiny, state))
+    assert outputs["a"].outputs == run(tiny, [folo.Request(prompt(100), two, "a")])["a"].outputs
+
+
+def test_only_lookups_in_the_cache_count_as_queries(tiny: folo.Params) -> None:
+    two = folo.SamplingParams(temperature=1.0, n=2, max_tokens=2, ignore_eos=True)
+    for caching, counted in ((False, (0, 0)), (True, (80, 32))):
+        cache = folo.CacheConfig(num_blocks=64, enable_prefix_caching=caching)
+        state = folo.submit(state_of(tiny, cache), folo.Request(prompt(40), two, "a"))
+        state = finish_all(tiny, state)
+        state = finish_all(tiny, folo.submit(state, folo.Request(prompt(40), two, "b")))
+        assert (state.counters.prefix_queries, state.counters.prefix_hits) == counted
+
+
+def test_looking_for_the_oldest_idle_block_does_not_walk_through_all_of_history(tiny: folo.Params) -> None:
+    one = folo.SamplingParams(temperature=0, max_tokens=1)
+    state = state_of(tiny)
+    for n in range(20):
+        state = finish_all(tiny, folo.submit(state, folo.Request(prompt(49), one, str(n))))
+    assert state.pool.clock - state.pool.oldest <= 3

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from folo import ops
-from folo.inputs import Inputs, Rows
+from folo.inputs import NO_LOGPROBS, Inputs, Rows
 from folo.model.forward import attend_in_heap, hidden_states, logits
 from folo.model.params import Params
 from folo.ops.sampler import PURPOSE_DRAW
@@ -60,7 +60,7 @@ def sample(raw: Tensor, processed: Tensor, rows: Rows) -> Sampled:
     u = ops.philox(rows.seed, rows.position, rows.sample_index, PURPOSE_DRAW)
     drawn = ops.draw(processed, rows.temperature == 0, u)
     ids = torch.where(rows.target >= 0, rows.target, drawn)
-    if rows.num_logprobs < 0:
+    if rows.num_logprobs == NO_LOGPROBS:
         return Sampled(ids, None, None, None, None)
     scored = torch.where(rows.processed[:, None], processed, raw)
     return Sampled(ids, *ops.pick_logprobs(scored, ids, rows.num_logprobs))

@@ -10,26 +10,26 @@ from folo import detokenize
 from folo.state.bind import Bound
 from folo.state.engine import EngineState
 from folo.state.layout import Row
-from folo.state.lifecycle import ended_as, extend_digests, queued, settle
-from folo.state.pool import ROOT, Entry, Pool
+from folo.state.pool import ROOT, Entry, Pool, extend_digests
+from folo.state.queues import queued, settle
 from folo.state.sequence import BlockTable, Sequence, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class Results:
     """What came back for each row: the token, and its scores where the row asked for them."""
 
     ids: list[int]
     scores: list[TokenLogprobs | None]
 
 
-def advance(bound: Bound, rows: Items[Row], sampled: Sampled) -> EngineState:
+def advance(bound: Bound, rows: Items[Row], results: Results) -> EngineState:
     """The state after the step, with its tokens appended and its stop conditions applied."""
     batch = bound.batch
     state, size = batch.state, batch.state.cache.block_size
-    results: dict[int, list[int]] = {}
+    by_sequence: dict[int, list[int]] = {}
     for at, row in enumerate(rows):
-        results.setdefault(row.number, []).append(at)
+        by_sequence.setdefault(row.number, []).append(at)
     pool = bound.pool
     changed: dict[int, Sequence] = {}  # by id() of the sequence in the old state
     ended: list[Sequence] = []
@@ -37,22 +37,24 @@ def advance(bound: Bound, rows: Items[Row], sampled: Sampled) -> EngineState:
     for number, (item, table) in enumerate(zip(batch.scheduled, bound.tables, strict=True)):
         sequence = replace(item.sequence, table=table, num_computed=item.end)
         if item.admitted:
-            queries, hits = queries + len(sequence.tokens), hits + item.start
-            if not sequence.preemptions:
+            if item.hits and state.cache.enable_prefix_caching:
+                queries, hits = queries + len(sequence.tokens), hits + item.start
+            if sequence.num_cached is None:
                 sequence = replace(sequence, num_cached=item.start)
         if item.end // size > item.start // size:
             sequence, pool = _index(sequence, pool, item.start // size, size)
-        for at in results.get(number, ()):
-            sequence = _append(state, sequence, rows[at], sampled.ids[at], sampled.scores[at])
+        for at in by_sequence.get(number, ()):
+            sequence = _append(state, sequence, rows[at], results.ids[at], results.scores[at])
         if sequence.finish_reason is not None:
             pool = pool.release(reversed(sequence.table.blocks))
-            sequence = ended_as(sequence, sequence.finish_reason, sequence.stop_reason)
+            sequence = sequence.ended(sequence.finish_reason, sequence.stop_reason)
             ended.append(sequence)
         changed[id(item.sequence)] = sequence
     gone = {id(victim) for victim in batch.preempted}
     admitted = [changed[id(item.sequence)] for item in batch.scheduled if item.admitted]
     running = [changed.get(id(s), s) for s in state.running if id(s) not in gone]
-    waiting = state.waiting[len(admitted) :]  # admission goes in the order of the queue
+    left = {id(item.sequence) for item in batch.scheduled if item.admitted}
+    waiting = tuple(s for s in state.waiting if id(s) not in left) if left else state.waiting
     evicted = [replace(victim.vacate(), preemptions=victim.preemptions + 1) for victim in batch.preempted]
     requests, finished = settle(state, ended)
     counters = state.counters

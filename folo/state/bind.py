@@ -41,6 +41,7 @@ class _Binding:
         self.tables: list[BlockTable] = []
         self.copies: list[tuple[Block, Block]] = []
         self.pool = batch.state.pool
+        self.live = self.pool.used + len(self.pool.idle)
         for victim in batch.preempted:
             self.pool = self.pool.release(reversed(victim.table.blocks))
 
@@ -72,5 +73,4 @@ class _Binding:
 
     def _take(self, count: int) -> list[Block]:
         self.pool = self.pool.take(count)
-        live = self.pool.used + len(self.pool.idle)
-        return [self.heap.allocate(live) for _ in range(count)]
+        return [self.heap.allocate(self.live) for _ in range(count)]

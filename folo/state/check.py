@@ -37,6 +37,7 @@ def _check_queues(state: EngineState) -> None:
     ended = [s for requests in (state.requests, state.finished) for _, a in requests.items() for s in a.ended]
     keys = Counter((s.id, s.origin.sample) for s in (*unfinished, *ended))
     _require(all(count == 1 for count in keys.values()), "a sequence stands in two places")
+    samples = Counter(id for id, _ in keys)
     for sequence in unfinished:
         _require(sequence.finish_reason is None, f"{sequence.id!r} has finished and is still queued")
         _require(sequence.id in state.requests, f"{sequence.id!r} is queued, but not among the requests")
@@ -45,7 +46,7 @@ def _check_queues(state: EngineState) -> None:
         _require(not held, f"{sequence.id!r} does not run, yet holds blocks")
     for requests in (state.requests, state.finished):
         for id, admitted in requests.items():
-            known = sum(key[0] == id for key in keys)
+            known = samples[id]
             _require(known == admitted.num_samples, f"{id!r} has {known} of {admitted.num_samples} samples")
             over = len(admitted.ended) == admitted.num_samples
             _require(over == (requests is state.finished), f"{id!r} is misfiled")

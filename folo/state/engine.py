@@ -24,7 +24,7 @@ _IN_FLIGHT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class Held:
     """A request that the state holds, and those of its sequences that have ended."""
 
     request: Request
@@ -54,8 +54,8 @@ class EngineState:
 
     running: tuple[Sequence, ...]
     waiting: tuple[Sequence, ...]
-    requests: Map[str, Admitted]
-    finished: Map[str, Admitted]
+    requests: Map[str, Held]
+    finished: Map[str, Held]
     pool: Pool
     arrivals: int
     counters: Counters
@@ -73,7 +73,7 @@ class EngineState:
         priority = origin.request.priority if self.scheduler.policy == "priority" else 0
         return priority, origin.arrival, origin.sample
 
-    def admitted(self, id: str) -> Admitted:
+    def held(self, id: str) -> Held:
         """The request of this id; raises RequestError if the state holds none."""
         admitted = self.requests.get(id) or self.finished.get(id)
         if admitted is None:
@@ -82,7 +82,7 @@ class EngineState:
 
     def sequences(self, id: str) -> list[Sequence]:
         """The unfinished sequences of a request, by sample. Raises RequestError as `admitted` does."""
-        self.admitted(id)
+        self.held(id)
         found = (s for queue in (self.running, self.waiting) for s in queue if s.id == id)
         return sorted(found, key=lambda s: s.origin.sample)
 
@@ -99,8 +99,11 @@ def init(
     tokenizer: needed for stop strings and for text in the outputs.
 
     Raises:
-        ConfigError: the heap would hold no block, or max_model_len exceeds the model or the heap.
+        ConfigError: the seed is out of range; the heap would hold no block; max_model_len exceeds the
+            model or the heap.
     """
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ConfigError(f"seed={seed!r}: expected an int in [0, 2**64)")
     cache = CacheConfig() if cache is None else cache
     scheduler = SchedulerConfig() if scheduler is None else scheduler
     config = params.config

@@ -39,8 +39,8 @@ class Block:
 class KVHeap:
     """Preallocated K and V blocks at fixed addresses, and the list of the free ones.
 
-    `k` and `v`: `[num_layers, num_blocks, block_size, num_kv_heads, head_dim]`, zero at first (a
-    masked key is multiplied by an exact 0, which only a finite value survives).
+    `k` and `v`: `[num_layers, num_blocks, block_size, num_kv_heads, head_dim]`, zero at first, so
+    that no kernel ever meets a NaN that nobody wrote.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class KVHeap:
         return len(self._free)
 
     def allocate(self, live: int) -> Block:
-        """A free block. `live`: how many blocks the state that asks refers to, for the message.
+        """A free block. `live`: how many blocks the state being stepped refers to, for the message.
 
         Raises OutOfBlocksError when every block is referred to by some state that is still held.
         """
@@ -70,8 +70,9 @@ class KVHeap:
         except IndexError:
             raise OutOfBlocksError(
                 f"all {self.num_blocks} blocks of the KV heap are in use: {live} by the state being "
-                f"stepped, {self.num_blocks - live} pinned by other states that are still held; drop "
-                f"some of them, or give CacheConfig a larger reserve_blocks"
+                f"stepped, {self.num_blocks - live} pinned by other states that are still held "
+                f"(a caught exception's traceback holds some too); drop some of them, or give CacheConfig a "
+                f"larger reserve_blocks"
             ) from None
 
 

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folo.inputs import ROWS_PER_TILE, SAMPLING, Inputs, Penalties, Rows
+from folo.inputs import NO_LOGPROBS, ROWS_PER_TILE, SAMPLING, Inputs, Penalties, Rows, pack_sampling
+from folo.sampling import SamplingParams
 from folo.state.bind import Bound
 from folo.state.schedule import Scheduled
 from folo.state.sequence import Sequence
 
 # Sampling parameters that change nothing, for rows that only score a prompt token.
-_NEUTRAL = np.array((1, 0, 1, 1, 0, 0, 0, 0, 0), SAMPLING).tobytes()
+_NEUTRAL = pack_sampling(SamplingParams(), seed=0, sample_index=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +37,17 @@ class Row:
 
     @property
     def num_logprobs(self) -> int:
-        """How many of the likeliest tokens to report; -1: not even the token's own logprob."""
+        """How many of the likeliest tokens to report besides the row's own, or NO_LOGPROBS."""
         params = self.sequence.origin.request.sampling
         if self.target >= 0:
             return params.prompt_logprobs or 0
         if params.logprobs is None:
-            return 0 if params.best_of is not None else -1
+            return 0 if params.best_of is not None else NO_LOGPROBS
         return params.logprobs
 
 
-def rows_of(bound: Bound) -> list[Row]:
-    """The rows of logits that a step computes, in the order of its tokens."""
+def tiles_of(bound: Bound) -> list[list[Row]]:
+    """The rows of logits that a step computes, in the order of its tokens, at most ROWS_PER_TILE a tile."""
     rows: list[Row] = []
     first = 0
     for number, item in enumerate(bound.batch.scheduled):
@@ -57,7 +58,7 @@ def rows_of(bound: Bound) -> list[Row]:
         if item.end == len(sequence.tokens):
             rows.append(Row(number, sequence, first + item.num_tokens - 1, item.end, -1))
         first += item.num_tokens
-    return rows
+    return [rows[start : start + ROWS_PER_TILE] for start in range(0, len(rows), ROWS_PER_TILE)]
 
 
 def _scored(item: Scheduled) -> range:
@@ -68,7 +69,7 @@ def _scored(item: Scheduled) -> range:
     return range(max(known, item.start + 1), min(item.end + 1, item.sequence.origin.num_prompt))
 
 
-def inputs_of(bound: Bound, rows: Items[Row], device: torch.device) -> Inputs:
+def inputs_of(bound: Bound, tiles: Items[Items[Row]], device: torch.device) -> Inputs:
     """All arrays of a step, on the device."""
     scheduled, size = bound.batch.scheduled, bound.batch.state.cache.block_size
     token_ids: list[int] = []
@@ -97,9 +98,7 @@ def inputs_of(bound: Bound, rows: Items[Row], device: torch.device) -> Inputs:
         block_tables=put(tables, np.int32),
         copy_source=put([source.index for source, _ in bound.copies], np.int64),
         copy_target=put([target.index for _, target in bound.copies], np.int64),
-        rows=tuple(
-            _tile(rows[start : start + ROWS_PER_TILE], put) for start in range(0, len(rows), ROWS_PER_TILE)
-        ),
+        rows=tuple(_tile(rows, put) for rows in tiles),
     )
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from folo import detokenize
 from folo.errors import RequestError
-from folo.inputs import SAMPLING
+from folo.inputs import pack_sampling
 from folo.request import Request, RequestOutput
-from folo.sampling import SamplingParams, derive_seed
-from folo.state.engine import Admitted, EngineState
+from folo.sampling import derive_seed
+from folo.state.engine import EngineState, Held
 from folo.state.log import Log
 from folo.state.map import Map
 from folo.state.outputs import output_of
-from folo.state.pool import ROOT, Pool, block_digest
+from folo.state.pool import Pool, extend_digests
+from folo.state.queues import queued, settle
 from folo.state.sequence import BlockTable, Origin, Sequence
 
 
@@ -54,29 +53,9 @@ def submit(state: EngineState, request: Request) -> EngineState:
     return replace(
         state,
         waiting=queued(state, state.waiting, samples),
-        requests=state.requests.set(request.id, Admitted(request, state.arrivals, count)),
+        requests=state.requests.set(request.id, Held(request, state.arrivals, count)),
         arrivals=state.arrivals + 1,
     )
-
-
-def extend_digests(digests: Log[bytes], tokens: Log[int], block_size: int, salt: str) -> Log[bytes]:
-    """The content addresses of all full blocks of `tokens`, of which some are there already."""
-    for number in range(len(digests), len(tokens) // block_size):
-        parent = digests[number - 1] if number else ROOT
-        ids = tokens[number * block_size : (number + 1) * block_size]
-        digests = digests.append(block_digest(parent, ids, salt))
-    return digests
-
-
-def queued(state: EngineState, queue: tuple[Sequence, ...], new: Iterable[Sequence]) -> tuple[Sequence, ...]:
-    """A queue with new sequences at the places of their rank."""
-    merged = list(queue)
-    for sequence in new:
-        if not merged or state.rank(merged[-1]) < state.rank(sequence):
-            merged.append(sequence)
-        else:
-            insort(merged, sequence, key=state.rank)
-    return tuple(merged)
 
 
 def _origin(state: EngineState, request: Request, seed: int, sample: int) -> Origin:
@@ -90,21 +69,10 @@ def _origin(state: EngineState, request: Request, seed: int, sample: int) -> Ori
         arrival=state.arrivals,
         sample=sample,
         seed=seed,
-        packed_sampling=_pack(params, seed, sample),
+        packed_sampling=pack_sampling(params, seed, sample),
         stop_ids=frozenset(stop_ids),
         max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
     )
-
-
-def _pack(params: SamplingParams, seed: int, sample: int) -> bytes:
-    row = np.zeros((), SAMPLING)
-    row["temperature"], row["top_k"] = params.temperature, params.top_k
-    row["min_p"], row["top_p"] = params.min_p, params.top_p
-    row["repetition"] = params.repetition_penalty
-    row["presence"], row["frequency"] = params.presence_penalty, params.frequency_penalty
-    row["seed"] = seed - 2**64 if seed >= 2**63 else seed  # the same bits, signed: torch has no uint64 ops
-    row["sample_index"] = sample
-    return row.tobytes()
 
 
 def _validate(state: EngineState, request: Request) -> None:
@@ -140,39 +108,27 @@ def finish(
     """End every unfinished sequence of a request with this finish_reason; its blocks are released.
 
     Raises:
-        RequestError: no such request.
+        RequestError: no such request, or an unknown reason.
     """
-    state.admitted(id)
-    mine = [s for s in (*state.running, *state.waiting) if s.id == id]
-    pool = state.pool
+    if reason not in ("stop", "length", "abort"):
+        raise RequestError(f'finish reason {reason!r}: expected "stop", "length" or "abort"')
+    request, pool = state.held(id).request, state.pool
+    queues = [], []
+    mine: list[Sequence] = []
+    for queue, kept in zip((state.running, state.waiting), queues, strict=True):
+        for sequence in queue:
+            (mine if sequence.origin.request is request else kept).append(sequence)
     for sequence in mine:
         pool = pool.release(reversed(sequence.table.blocks))
-    requests, finished = settle(state, [ended_as(s, reason, stop_reason) for s in mine])
+    requests, finished = settle(state, [s.ended(reason, stop_reason) for s in mine])
     return replace(
         state,
-        running=tuple(s for s in state.running if s.id != id),
-        waiting=tuple(s for s in state.waiting if s.id != id),
+        running=tuple(queues[0]),
+        waiting=tuple(queues[1]),
         requests=requests,
         finished=finished,
         pool=pool,
     )
-
-
-def settle(state: EngineState, ended: Iterable[Sequence]) -> tuple[Map[str, Admitted], Map[str, Admitted]]:
-    """`requests` and `finished` once these sequences have ended."""
-    requests, finished = state.requests, state.finished
-    for sequence in ended:
-        admitted = requests[sequence.id]
-        admitted = replace(admitted, ended=(*admitted.ended, sequence))
-        if len(admitted.ended) < admitted.num_samples:
-            requests = requests.set(sequence.id, admitted)
-        else:
-            requests, finished = requests.delete(sequence.id), finished.set(sequence.id, admitted)
-    return requests, finished
-
-
-def ended_as(sequence: Sequence, reason: str, stop_reason: int | str | None) -> Sequence:
-    return replace(sequence.vacate(), finish_reason=reason, stop_reason=stop_reason)
 
 
 def abort(state: EngineState, id: str) -> EngineState:

@@ -7,7 +7,7 @@ from typing import Any
 
 from folo import detokenize
 from folo.request import CompletionOutput, Logprob, RequestOutput
-from folo.state.engine import Admitted, EngineState
+from folo.state.engine import EngineState, Held
 from folo.state.sequence import Sequence, TokenLogprobs
 
 
@@ -39,15 +39,21 @@ def text_of(tokenizer: Any, sequence: Sequence) -> str:
     return sequence.text.final_text
 
 
+def token_text_of(tokenizer: Any, token: int) -> str | None:
+    """One token on its own, as it shows in logprobs; None without a tokenizer."""
+    return None if tokenizer is None else tokenizer.decode([token])
+
+
 def output_of(
     state: EngineState,
-    admitted: Admitted,
+    admitted: Held,
     unfinished: Iterable[Sequence] = (),
     text: Callable[[Any, Sequence], str] = text_of,
+    token_text: Callable[[Any, int], str | None] = token_text_of,
 ) -> RequestOutput:
     """One request's output, given those of its sequences that stand in the queues.
 
-    text: stands in for `text_of` where a caller has most of the text already.
+    text, token_text: stand in for `text_of` and `token_text_of` where a caller remembers much of it.
     """
     request = admitted.request
     sequences = sorted((*admitted.ended, *unfinished), key=lambda s: s.origin.sample)
@@ -55,63 +61,67 @@ def output_of(
     finished = len(admitted.ended) == admitted.num_samples
     shown = sequences
     if finished:
-        best = sorted(sequences, key=lambda s: (-s.cumulative_logprob, s.origin.sample))
-        chosen = best if request.sampling.best_of else sequences
+        chosen = sorted(sequences, key=_merit) if request.sampling.best_of else sequences
         shown = chosen[: request.sampling.n]
+
+    def piece(token: int) -> str | None:
+        return token_text(state.tokenizer, token)
+
     return RequestOutput(
         request_id=request.id,
         prompt=request.prompt,
         prompt_token_ids=list(request.prompt_token_ids),
-        prompt_logprobs=_prompt_logprobs(state.tokenizer, first),
-        outputs=[_completion(state.tokenizer, index, s, text) for index, s in enumerate(shown)],
+        prompt_logprobs=_prompt_logprobs(first, piece),
+        outputs=[_completion(index, s, text(state.tokenizer, s), piece) for index, s in enumerate(shown)],
         finished=finished,
-        num_cached_tokens=first.num_cached,
+        num_cached_tokens=first.num_cached or 0,
+        lineage=first.origin.lineage,
     )
+
+
+def _merit(sequence: Sequence) -> tuple[bool, float, int]:
+    """What best_of sorts by. A sample that was cut short lost fewer logprobs: it comes last."""
+    cut = sequence.finish_reason == "abort" or not sequence.num_output
+    return cut, -sequence.cumulative_logprob, sequence.origin.sample
 
 
 def _completion(
-    tokenizer: Any, index: int, sequence: Sequence, text: Callable[[Any, Sequence], str]
+    index: int, sequence: Sequence, text: str, piece: Callable[[int], str | None]
 ) -> CompletionOutput:
-    origin = sequence.origin
-    params = origin.request.sampling
-    wanted = params.logprobs is not None
-    scored = wanted or params.best_of is not None
+    origin, ids = sequence.origin, sequence.output_ids
+    params, logprobs = origin.request.sampling, None
+    if params.logprobs is not None:
+        scored = zip(ids, sequence.logprobs, strict=True)
+        logprobs = [_table(token, scores, params.logprobs, piece) for token, scores in scored]
     return CompletionOutput(
         index=index,
-        text=text(tokenizer, sequence),
-        token_ids=sequence.output_ids,
-        cumulative_logprob=sequence.cumulative_logprob if scored else None,
-        logprobs=[
-            _table(tokenizer, token, scores, params.logprobs)
-            for token, scores in zip(sequence.output_ids, sequence.logprobs, strict=True)
-        ]
-        if params.logprobs is not None
-        else None,
+        text=text,
+        token_ids=ids,
+        cumulative_logprob=sequence.cumulative_logprob if len(sequence.logprobs) else None,
+        logprobs=logprobs,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
         seed=origin.seed,
-        lineage=origin.lineage,
     )
 
 
-def _prompt_logprobs(tokenizer: Any, sequence: Sequence) -> list[dict[int, Logprob] | None] | None:
+def _prompt_logprobs(
+    sequence: Sequence, piece: Callable[[int], str | None]
+) -> list[dict[int, Logprob] | None] | None:
     request = sequence.origin.request
     count = request.sampling.prompt_logprobs
     if count is None:
         return None
     scored = zip(request.prompt_token_ids[1:], sequence.prompt_logprobs, strict=False)
-    return [None, *(_table(tokenizer, token, scores, count) for token, scores in scored)]
+    return [None, *(_table(token, scores, count, piece) for token, scores in scored)]
 
 
-def _table(tokenizer: Any, token: int, scores: TokenLogprobs, count: int) -> dict[int, Logprob]:
+def _table(
+    token: int, scores: TokenLogprobs, count: int, piece: Callable[[int], str | None]
+) -> dict[int, Logprob]:
     """The token itself first, then the `count` likeliest, as vLLM orders them."""
-
-    def entry(token: int, logprob: float, rank: int) -> Logprob:
-        return Logprob(logprob, rank, None if tokenizer is None else tokenizer.decode([token]))
-
-    table = {token: entry(token, scores.logprob, scores.rank)}
-    for rank, (other, logprob) in enumerate(
-        zip(scores.top_ids[:count], scores.top_logprobs[:count], strict=True), 1
-    ):
-        table.setdefault(other, entry(other, logprob, rank))
+    table = {token: Logprob(scores.logprob, scores.rank, piece(token))}
+    likeliest = zip(scores.top_ids[:count], scores.top_logprobs[:count], strict=True)
+    for rank, (other, logprob) in enumerate(likeliest, 1):
+        table.setdefault(other, Logprob(logprob, rank, piece(other)))
     return table

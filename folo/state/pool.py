@@ -9,6 +9,7 @@ from hashlib import blake2b
 import numpy as np
 
 from folo.state.heap import Block
+from folo.state.log import Log
 from folo.state.map import Map
 
 ROOT = b""  # the parent of a sequence's first block
@@ -18,8 +19,17 @@ def block_digest(parent: bytes, token_ids: list[int], salt: str) -> bytes:
     """The content address of a full block: BLAKE2b over (parent's address, token ids, salt)."""
     digest = blake2b(parent, digest_size=16, key=b"folo.kv", person=b"block")
     digest.update(np.asarray(token_ids, "<i8").tobytes())
-    digest.update(salt.encode())
+    digest.update(salt.encode("utf-8", "surrogatepass"))
     return digest.digest()
+
+
+def extend_digests(digests: Log[bytes], tokens: Log[int], block_size: int, salt: str) -> Log[bytes]:
+    """The content addresses of all full blocks of `tokens`, of which some are there already."""
+    for number in range(len(digests), len(tokens) // block_size):
+        parent = digests[number - 1] if number else ROOT
+        ids = tokens[number * block_size : (number + 1) * block_size]
+        digests = digests.append(block_digest(parent, ids, salt))
+    return digests
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,14 @@ class Pool:
         stamp = self.idle.get(i)
         if stamp is not None:
             idle, released = self.idle.delete(i), self.released.delete(stamp)
-            return replace(self, used=self.used + 1, idle=idle, released=released)
+            oldest = stamp + 1 if stamp == self.oldest else self.oldest
+            return replace(
+                self,
+                used=self.used + 1,
+                idle=idle,
+                released=released,
+                oldest=oldest if len(idle) else self.clock,
+            )
         return replace(self, sharers=self.sharers.set(i, (self.sharers.get(i) or 1) + 1))
 
     def release(self, blocks: Iterable[Block]) -> Pool:

@@ -27,13 +27,15 @@ _WAIT: Reuse = (-1, ())  # a sibling is still at the prompt that is to be shared
 class Scheduled:
     """`num_tokens` of the sequence are computed from `start` on.
 
-    reused: for a newly admitted sequence, the blocks that hold its first `start` tokens.
+    reused: for a newly admitted sequence, the blocks that hold its first `start` tokens, which are
+    prefix `hits` or those of a sibling.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     admitted: bool = False
+    hits: bool = False
     reused: tuple[Block | Shared, ...] = ()
 
     @property
@@ -65,9 +67,12 @@ def schedule(state: EngineState) -> Batch | None:
     for sequence in running:
         if sequence.remaining == 1:
             plan.go_on(sequence)
+        else:
+            plan.promised += plan.lacks(sequence, sequence.num_computed)
+    plan.promised = 0
     for sequence in running:
         if sequence.remaining > 1:
-            plan.go_on(sequence)
+            plan.promised += plan.lacks(sequence, plan.go_on(sequence))
     if not plan.preempted:
         for sequence in state.waiting:
             if not plan.admit(sequence):
@@ -87,47 +92,63 @@ class _Plan:
         self.preempted: list[Sequence] = []
         self.settled: set[int] = set()  # id() of the sequences in the batch, and of the preempted
         self.coming: dict[bytes, Shared] = {}  # full blocks that this batch computes, by digest
+        self.num_running = len(state.running)
+        self.promised = 0  # blocks set aside: what those ahead need to catch up with their tokens
 
     def batch(self) -> Batch | None:
         if not self.scheduled:
             return None
         return Batch(self.state, tuple(self.scheduled), tuple(self.preempted))
 
-    def go_on(self, sequence: Sequence) -> None:
-        """Schedule the next chunk of a running sequence, preempting later ones if it takes that."""
+    def lacks(self, sequence: Sequence, end: int) -> int:
+        """Blocks that a sequence computed up to `end` needs for the rest of its tokens."""
+        return self._num_blocks(len(sequence.tokens)) - self._num_blocks(end)
+
+    def go_on(self, sequence: Sequence) -> int:
+        """Schedule the next chunk of a running sequence, preempting later ones if it takes that.
+
+        Returns how far it will be computed then.
+        """
+        start = sequence.num_computed
         if not self.budget or id(sequence) in self.settled:
-            return
+            return start
         while not (room := self._room(sequence)):
             victim = self._victim(sequence)
             if victim is None:
-                return
+                return start
             self.settled.add(id(victim))
             self.preempted.append(victim)
             self.pool = self.pool.release(reversed(victim.table.blocks))
         chunk = min(self._chunk(sequence.remaining), room)
-        self._add(Scheduled(sequence, sequence.num_computed, chunk), sequence.table.blocks)
+        self._add(Scheduled(sequence, start, chunk), sequence.table.blocks)
+        return start + chunk
 
     def admit(self, sequence: Sequence) -> bool:
         """Schedule the first chunk of a waiting sequence; False: neither it nor any after it, for now."""
-        num_running = len(self.state.running) + sum(s.admitted for s in self.scheduled)
-        if not self.budget or num_running >= self.state.scheduler.max_num_seqs:
+        if not self.budget or self.num_running >= self.state.scheduler.max_num_seqs:
             return False
-        reuse = self._sibling(sequence) or self._hits(sequence)
-        if reuse is _WAIT:
-            return False
-        start, blocks = reuse
+        sibling = self._sibling(sequence)
+        if sibling is _WAIT:
+            return True  # it will find the prompt computed; those behind it need not wait for that
+        start, blocks = self._hits(sequence) if sibling is None else sibling
         pool = self.pool
         for block in blocks:
             if isinstance(block, Block):  # the others are counted with their donor
                 pool = pool.hold(block)
         # Room for all of it: to admit what cannot be finished would only be to preempt it again.
         length = len(sequence.tokens)
-        fresh = -(-length // self.block_size) - len(blocks) + bool(start % self.block_size)
-        if fresh > pool.available:
+        fresh = self._num_blocks(length) - len(blocks) + bool(start % self.block_size)
+        if fresh > pool.available - self.promised:
             return False
         self.pool = pool
-        self._add(Scheduled(sequence, start, self._chunk(length - start), True, blocks), blocks)
+        item = Scheduled(sequence, start, self._chunk(length - start), True, sibling is None, blocks)
+        self._add(item, blocks)
+        self.num_running += 1
+        self.promised += self.lacks(sequence, item.end)
         return True
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
 
     def _chunk(self, remaining: int) -> int:
         longest = self.state.scheduler.long_prefill_token_threshold
@@ -135,18 +156,20 @@ class _Plan:
 
     def _room(self, sequence: Sequence) -> int:
         """How many tokens more of a running sequence there are slots for."""
-        blocks, start = sequence.table.blocks, sequence.num_computed
-        slack, available = len(blocks) * self.block_size - start, self.pool.available
+        blocks, available = sequence.table.blocks, max(0, self.pool.available - self.promised)
+        slack = len(blocks) * self.block_size - sequence.num_computed
         if slack and self.pool.shared(blocks[-1]):
+            if not available:
+                return 0
             available -= 1  # the copy to write to
-        return slack + available * self.block_size if available >= 0 else 0
+        return slack + available * self.block_size
 
     def _add(self, item: Scheduled, blocks: tuple[Block | Shared, ...]) -> None:
         size, sequence = self.block_size, item.sequence
         tail = blocks[-1] if item.start % size else None
         if isinstance(tail, Block) and self.pool.shared(tail):
             self.pool = self.pool.release((tail,)).take(1)
-        if (fresh := -(-item.end // size) - len(blocks)) > 0:
+        if (fresh := self._num_blocks(item.end) - len(blocks)) > 0:
             self.pool = self.pool.take(fresh)
         for number in range(item.start // size, min(item.end // size, len(sequence.digests))):
             self.coming.setdefault(sequence.digests[number], Shared(len(self.scheduled), number))
@@ -173,20 +196,21 @@ class _Plan:
         for number in range(min(len(sequence.digests), (len(sequence.tokens) - 1) // size)):
             digest = sequence.digests[number]
             tokens = sequence.tokens[number * size : (number + 1) * size]
-            block = self.pool.lookup(digest, parent, tokens) or self._coming(digest, tokens)
+            block = self.pool.lookup(digest, parent, tokens) or self._coming(digest, parent, tokens)
             if block is None:
                 break
             blocks.append(block)
             parent = digest
         return len(blocks) * size, tuple(blocks)
 
-    def _coming(self, digest: bytes, tokens: list[int]) -> Shared | None:
+    def _coming(self, digest: bytes, parent: bytes, tokens: list[int]) -> Shared | None:
+        """As `Pool.lookup`, for the blocks that this batch computes."""
         shared = self.coming.get(digest)
         if shared is None:
             return None
-        at = shared.number * self.block_size
-        donor = self.scheduled[shared.donor].sequence
-        return shared if donor.tokens[at : at + self.block_size] == tokens else None
+        at, donor = shared.number * self.block_size, self.scheduled[shared.donor].sequence
+        before = donor.digests[shared.number - 1] if shared.number else ROOT
+        return shared if before == parent and donor.tokens[at : at + self.block_size] == tokens else None
 
     def _sibling(self, sequence: Sequence) -> Reuse | None:
         """The prompt's blocks, short of its last token, from another sample of the request.
@@ -201,7 +225,7 @@ class _Plan:
         siblings += [s.sequence for _, s in batch]
         for sibling in siblings:
             if sibling.num_computed >= shared:
-                return shared, sibling.table.blocks[: -(-shared // size)]
+                return shared, sibling.table.blocks[: self._num_blocks(shared)]
         for number, item in batch:
             if item.end >= shared:
                 held = item.reused or item.sequence.table.blocks

@@ -65,7 +65,7 @@ class Sequence:
     prompt_logprobs: Log[TokenLogprobs]  # from the second prompt token on, where asked for
     text: TextState | None  # kept up to date only where stop strings need it
     cumulative_logprob: float = 0.0
-    num_cached: int = 0  # prompt tokens that the prefix cache had when the sequence was first admitted
+    num_cached: int | None = None  # prompt tokens found in the prefix cache; None before admission
     preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -102,3 +102,6 @@ class Sequence:
     def vacate(self) -> Sequence:
         """Without blocks: everything is to be computed again."""
         return replace(self, num_computed=0, table=BlockTable())
+
+    def ended(self, reason: str, stop_reason: int | str | None) -> Sequence:
+        return replace(self.vacate(), finish_reason=reason, stop_reason=stop_reason)

@@ -1,0 +1,35 @@
+"""The order of the queues, and where a sequence goes when it ends."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import replace
+
+from folo.state.engine import EngineState, Held
+from folo.state.map import Map
+from folo.state.sequence import Sequence
+
+
+def queued(state: EngineState, queue: tuple[Sequence, ...], new: Iterable[Sequence]) -> tuple[Sequence, ...]:
+    """A queue with new sequences at the places of their rank."""
+    merged = list(queue)
+    for sequence in new:
+        if not merged or state.rank(merged[-1]) < state.rank(sequence):
+            merged.append(sequence)
+        else:
+            insort(merged, sequence, key=state.rank)
+    return tuple(merged)
+
+
+def settle(state: EngineState, ended: Iterable[Sequence]) -> tuple[Map[str, Held], Map[str, Held]]:
+    """`requests` and `finished` once these sequences have ended."""
+    requests, finished = state.requests, state.finished
+    for sequence in ended:
+        admitted = requests[sequence.id]
+        admitted = replace(admitted, ended=(*admitted.ended, sequence))
+        if len(admitted.ended) < admitted.num_samples:
+            requests = requests.set(sequence.id, admitted)
+        else:
+            requests, finished = requests.delete(sequence.id), finished.set(sequence.id, admitted)
+    return requests, finished
