@@ -6,6 +6,7 @@ state, tokens = folo.step(params, state, batch)
 
 from folo import model, sampling
 from folo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folo.engine import LLMEngine
 from folo.errors import (
     ConfigError,
     FoloError,
@@ -16,7 +17,7 @@ from folo.errors import (
     RequestError,
     StaleBatchError,
 )
-from folo.llm import LLM, LLMEngine
+from folo.llm import LLM
 from folo.model.load import load
 from folo.model.params import Params
 from folo.model.tokenizer import load_tokenizer

@@ -12,6 +12,7 @@ from folo.state.engine import EngineState
 from folo.state.layout import Row
 from folo.state.pool import ROOT, Entry, Pool, extend_digests
 from folo.state.queues import queued, settle
+from folo.state.schedule import Scheduled
 from folo.state.sequence import BlockTable, Sequence, TokenLogprobs
 
 
@@ -35,21 +36,27 @@ def advance(bound: Bound, rows: Items[Row], results: Results) -> EngineState:
     ended: list[Sequence] = []
     hits = queries = 0
     for number, (item, table) in enumerate(zip(batch.scheduled, bound.tables, strict=True)):
-        sequence = replace(item.sequence, table=table, num_computed=item.end)
+        before = item.sequence
+        if item.end // size > item.start // size:
+            table, pool = _index(item, table, pool, size)
+        changes: dict[str, Any] = {"table": table, "num_computed": item.end}
         if item.admitted:
             if item.hits and state.cache.enable_prefix_caching:
-                queries, hits = queries + len(sequence.tokens), hits + item.start
-            if sequence.num_cached is None:
-                sequence = replace(sequence, num_cached=item.start)
-        if item.end // size > item.start // size:
-            sequence, pool = _index(sequence, pool, item.start // size, size)
+                queries, hits = queries + len(before.tokens), hits + item.start
+            if before.num_cached is None:
+                changes["num_cached"] = item.start
+        scored = before.prompt_logprobs
         for at in by_sequence.get(number, ()):
-            sequence = _append(state, sequence, rows[at], results.ids[at], results.scores[at])
+            if rows[at].target < 0:
+                changes |= _sampled(state, before, results.ids[at], results.scores[at])
+            elif (scores := results.scores[at]) is not None:
+                changes["prompt_logprobs"] = scored = scored.append(scores)
+        sequence = replace(before, **changes)
         if sequence.finish_reason is not None:
             pool = pool.release(reversed(sequence.table.blocks))
             sequence = sequence.ended(sequence.finish_reason, sequence.stop_reason)
             ended.append(sequence)
-        changed[id(item.sequence)] = sequence
+        changed[id(before)] = sequence
     gone = {id(victim) for victim in batch.preempted}
     admitted = [changed[id(item.sequence)] for item in batch.scheduled if item.admitted]
     running = [changed.get(id(s), s) for s in state.running if id(s) not in gone]
@@ -79,14 +86,14 @@ def advance(bound: Bound, rows: Items[Row], results: Results) -> EngineState:
     )
 
 
-def _index(sequence: Sequence, pool: Pool, first: int, size: int) -> tuple[Sequence, Pool]:
+def _index(item: Scheduled, table: BlockTable, pool: Pool, size: int) -> tuple[BlockTable, Pool]:
     """Enter the blocks that became full into the prefix index.
 
     Where the index has the same content already, the table takes the indexed block instead of its
     own: the bits are the same, and a chain's parents stay in use as long as its children are.
     """
-    blocks = list(sequence.table.blocks)
-    for number in range(first, min(sequence.num_computed // size, len(sequence.digests))):
+    sequence, blocks = item.sequence, list(table.blocks)
+    for number in range(item.start // size, min(item.end // size, len(sequence.digests))):
         digest = sequence.digests[number]
         parent = sequence.digests[number - 1] if number else ROOT
         token_ids = sequence.tokens[number * size : (number + 1) * size]
@@ -97,49 +104,46 @@ def _index(sequence: Sequence, pool: Pool, first: int, size: int) -> tuple[Seque
         elif known is not blocks[number]:
             pool = pool.release((blocks[number],)).hold(known)
             blocks[number] = known
-    if any(a is not b for a, b in zip(blocks, sequence.table.blocks, strict=True)):
-        sequence = replace(sequence, table=BlockTable.of(tuple(blocks)))
-    return sequence, pool
+            table = BlockTable.of(tuple(blocks))
+    return table, pool
 
 
-def _append(
-    state: EngineState, sequence: Sequence, row: Row, token: int, scores: TokenLogprobs | None
-) -> Sequence:
-    """The sequence with the row's result: a scored prompt token, or a sampled one."""
-    if row.target >= 0:
-        assert scores is not None
-        return replace(sequence, prompt_logprobs=sequence.prompt_logprobs.append(scores))
-    origin = sequence.origin
+def _sampled(
+    state: EngineState, sequence: Sequence, token: int, scores: TokenLogprobs | None
+) -> dict[str, Any]:
+    """What changes about a sequence by one more token."""
+    size, salt = state.cache.block_size, sequence.origin.request.cache_salt
     tokens = sequence.tokens.append(token)
-    digests = sequence.digests
-    if state.cache.enable_prefix_caching and not len(tokens) % state.cache.block_size:
-        digests = extend_digests(digests, tokens, state.cache.block_size, origin.request.cache_salt)
-    logprobs, total = sequence.logprobs, sequence.cumulative_logprob
+    changes = _stopped(state.tokenizer, sequence, token)
+    changes["tokens"] = tokens
+    if state.cache.enable_prefix_caching and not len(tokens) % size:
+        changes["digests"] = extend_digests(sequence.digests, tokens, size, salt)
     if scores is not None:
-        logprobs, total = logprobs.append(scores), total + scores.logprob
-    sequence = replace(sequence, tokens=tokens, digests=digests, logprobs=logprobs, cumulative_logprob=total)
-    return _stop(state.tokenizer, sequence, token)
+        changes["logprobs"] = sequence.logprobs.append(scores)
+        changes["cumulative_logprob"] = sequence.cumulative_logprob + scores.logprob
+    return changes
 
 
-def _stop(tokenizer: Any, sequence: Sequence, token: int) -> Sequence:
-    """With its text and, if the last token is the last, why: a stop id, else a stop string, else length."""
+def _stopped(tokenizer: Any, sequence: Sequence, token: int) -> dict[str, Any]:
+    """The text with the token and, if it is the last, why: a stop id, else a stop string, else length."""
     origin, params = sequence.origin, sequence.origin.request.sampling
-    text, may_stop = sequence.text, sequence.num_output >= params.min_tokens
-    if may_stop and token in origin.stop_ids:
-        chosen = token in (params.stop_token_ids or ())
+    text, count = sequence.text, sequence.num_output + 1
+    stopping = count >= params.min_tokens
+    if stopping and token in origin.stop_ids:
         if text is not None and params.include_stop_str_in_output:
             text = detokenize.advance(tokenizer, text, (token,))
-        return replace(sequence, text=text, finish_reason="stop", stop_reason=token if chosen else None)
+        chosen = token in (params.stop_token_ids or ())
+        return {"text": text, "finish_reason": "stop", "stop_reason": token if chosen else None}
+    changes: dict[str, Any] = {}
     if text is not None:
         seen = len(text.text)
-        text = detokenize.advance(tokenizer, text, (token,))
-        found = detokenize.find_stop(text.text, seen, params.stop or ()) if may_stop else None
+        changes["text"] = text = detokenize.advance(tokenizer, text, (token,))
+        found = detokenize.find_stop(text.text, seen, params.stop or ()) if stopping else None
         if found is not None:
             at, stop = found
             end = at + (len(stop) if params.include_stop_str_in_output else 0)
             text = replace(text, text=text.text[:end], pending="")
-            return replace(sequence, text=text, finish_reason="stop", stop_reason=stop)
-        sequence = replace(sequence, text=text)
-    if sequence.num_output >= origin.max_tokens:
-        return replace(sequence, finish_reason="length")
-    return sequence
+            return {"text": text, "finish_reason": "stop", "stop_reason": stop}
+    if count >= origin.max_tokens:
+        changes["finish_reason"] = "length"
+    return changes

@@ -1,0 +1,308 @@
+"""The engine that is stepped from outside: it owns a state, a tokenizer and the clocks."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Integral
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+
+from folo import detokenize
+from folo.config import EngineConfig, ModelConfig
+from folo.errors import RequestError
+from folo.metrics import Clock
+from folo.model.load import load
+from folo.model.tokenizer import load_tokenizer
+from folo.request import Request, RequestOutput
+from folo.sampling import SamplingParams
+from folo.state.engine import EngineState, init
+from folo.state.lifecycle import abort, collect, submit, vacate
+from folo.state.outputs import has_unfinished, output_of
+from folo.state.schedule import schedule
+from folo.state.sequence import Sequence as Continuation
+from folo.step import step
+from folo.texts import Texts
+
+# Text, token ids (a one-dimensional tensor too), or vLLM's {"prompt": ...} or
+# {"prompt_token_ids": ...}.
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+class LLMEngine:
+    """An engine to be stepped: requests go in between steps, outputs come out.
+
+    The engine itself is `state`, a value; the rest is clocks, text and outputs not yet handed over.
+    Metrics of an output (`output.metrics["ttft"]`): see `folo.metrics.Clock.metrics`.
+
+    Args:
+        config: a ModelConfig, or an EngineConfig for cache and scheduler as well.
+        device: overrides the config's device.
+        use_tqdm: show progress while loading.
+
+    Raises:
+        ConfigError, LoadError: see `folo.init`, `folo.load` and `folo.load_tokenizer`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | EngineConfig | None = None,
+        device: str | torch.device | None = None,
+        use_tqdm: bool = True,
+    ) -> None:
+        if not isinstance(config, EngineConfig):
+            config = EngineConfig(model=ModelConfig() if config is None else config)
+        model, where = config.model, config.model.device if device is None else device
+        self.config = config
+        self.params = load(model.model, model.dtype, where, use_tqdm=use_tqdm)
+        self.tokenizer: Any = (
+            None if model.skip_tokenizer_init else load_tokenizer(model.tokenizer or model.model)
+        )
+        self.state: EngineState = init(
+            self.params, config.cache, config.scheduler, self.tokenizer, model.seed
+        )
+        self._next_id = 0
+        self._clocks: dict[str, Clock] = {}
+        self._texts = Texts()
+        self._done: dict[str, RequestOutput] = {}  # finished, and not yet given to whoever asked
+        self._streams: set[str] = set()  # requests whose outputs belong to an open stream
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json asks for, folo's defaults elsewhere."""
+        return SamplingParams(**cast("dict[str, Any]", dict(self.params.config.sampling_defaults)))
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Submit a prompt, text or token ids. Raises RequestError (`folo.submit`), changing nothing."""
+        self._submit(self._request(request_id, prompt, sampling_params, priority))
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request with finish_reason "abort"; the next `step` hands its output out.
+
+        Raises RequestError if there is no such request.
+        """
+        if request_id not in self._done:  # else it ended by itself, just before
+            self.state = abort(self.state, request_id)
+            self._collect()
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything left to compute or to hand out."""
+        return has_unfinished(self.state) or not self._done.keys() <= self._streams
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step: the outputs so far of requests that got tokens, and those that have ended."""
+        moved = {id for id in self._advance() if id in self.state.requests} - self._streams
+        unfinished: dict[str, list[Continuation]] = {id: [] for id in moved}
+        for sequence in (*self.state.running, *self.state.waiting) if moved else ():
+            if sequence.id in moved:
+                unfinished[sequence.id].append(sequence)
+        running = [self._output(id, sequences) for id, sequences in unfinished.items()]
+        ended = [self._done[id] for id in self._done.keys() - self._streams]
+        self._done = {id: self._done[id] for id in self._done.keys() & self._streams}
+        return sorted([*ended, *running], key=lambda output: output.metrics["arrival"])
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Run prompts to their end: one prompt in, one RequestOutput out; a list in, a list out.
+
+        A prompt is text or a sequence of token ids. sampling_params: one for all, one each, or None
+        for the model's defaults. Open streams and other requests move on as well. A call that raises
+        leaves the engine as it was before.
+
+        Raises:
+            RequestError: see `folo.submit`; or not as many sampling_params as prompts.
+        """
+        if is_prompt(prompts):
+            return self._generate([cast("Prompt", prompts)], sampling_params, use_tqdm)[0]
+        return self._generate(cast("Sequence[Prompt]", prompts), sampling_params, use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[str, None, RequestOutput]:
+        """The text of one continuation, piece by piece as it comes. Closing the stream aborts its request.
+
+        No part of a stop string shows. Other calls may come between two pieces. The generator returns
+        the finished output: `output = yield from llm.stream(...)`, or StopIteration.value.
+
+        Raises:
+            RequestError: see `folo.submit`; more than one sample; no text to stream.
+        """
+        request = self._request(self._unused_id(), prompt, sampling_params)
+        if self.tokenizer is None or not request.sampling.detokenize:
+            raise RequestError("a stream is text: it needs a tokenizer and detokenize=True")
+        if (request.sampling.best_of or request.sampling.n) > 1:
+            raise RequestError("a stream is one continuation: it needs n=1 and best_of=None")
+        submit(self.state, request)  # refuse now what would be refused at the first piece
+        return self._stream(request)
+
+    def encode(self, prompt: Prompt) -> Sequence[int]:
+        """Token ids of a prompt; ids pass through. Raises RequestError for text without a tokenizer."""
+        prompt = _unpacked(prompt) if isinstance(prompt, Mapping) else prompt
+        if not isinstance(prompt, str):
+            return prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+        if self.tokenizer is None:
+            raise RequestError(
+                "a text prompt needs a tokenizer; give token ids, or skip_tokenizer_init=False"
+            )
+        return self.tokenizer(prompt, verbose=False)["input_ids"]  # what is too long, `submit` refuses
+
+    def _unused_id(self) -> str:
+        while (id := str(self._next_id)) in self._clocks or id in self._done:
+            self._next_id += 1
+        self._next_id += 1
+        return id
+
+    def _request(
+        self, id: str, prompt: Prompt, sampling: SamplingParams | None, priority: int = 0
+    ) -> Request:
+        sampling = self.get_default_sampling_params() if sampling is None else sampling
+        prompt = _unpacked(prompt) if isinstance(prompt, Mapping) else prompt
+        text = prompt if isinstance(prompt, str) else None
+        return Request(self.encode(prompt), sampling, id, priority, prompt=text)
+
+    def _submit(self, request: Request) -> None:
+        if request.id in self._done:
+            raise RequestError(
+                f"request id {request.id!r} has ended and its output is still to be taken by step()"
+            )
+        state = submit(self.state, request)
+        self._clocks[request.id] = Clock()
+        self.state = state
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            each: Sequence[SamplingParams | None] = [sampling_params] * len(prompts)
+        else:
+            each = sampling_params
+        if len(each) != len(prompts):
+            raise RequestError(
+                f"{len(each)} sampling_params for {len(prompts)} prompts; give one, or one each"
+            )
+        with self._unchanged_on_error():
+            requests = [self._request(self._unused_id(), *pair) for pair in zip(prompts, each, strict=True)]
+            for request in requests:
+                self._submit(request)
+            self._run({request.id for request in requests}, use_tqdm)
+        return [self._done.pop(request.id) for request in requests]
+
+    def _run(self, pending: set[str], use_tqdm: bool) -> None:
+        left = Counter[str]()  # output tokens that each request may still get
+        for sequence in self.state.waiting:
+            if sequence.id in pending:
+                left[sequence.id] += sequence.origin.max_tokens
+        num_prompts, total = len(pending), left.total()
+        with tqdm(total=total, desc="Generating", unit=" tokens", disable=not use_tqdm) as bar:
+            while pending:
+                moved = [id for id in self._advance() if id in pending]
+                left.subtract(moved)
+                finished = pending & self._done.keys()
+                pending -= finished
+                total -= sum(left[id] for id in finished)
+                bar.total = total
+                bar.set_postfix_str(f"{num_prompts - len(pending)}/{num_prompts} prompts", refresh=False)
+                bar.update(len(moved))
+
+    def _stream(self, request: Request) -> Generator[str, None, RequestOutput]:
+        id, shown = request.id, 0
+        try:
+            self._streams.add(id)
+            self._submit(request)
+            while id not in self._done:
+                self._advance()
+                for sequence in self.state.sequences(id) if id not in self._done else ():
+                    text = self._texts.settled(self.tokenizer, sequence)
+                    safe = detokenize.stream_safe_length(text, cast("Sequence[str]", request.sampling.stop))
+                    if safe > shown:
+                        shown, piece = safe, text[shown:safe]
+                        yield piece
+            if rest := self._done[id].outputs[0].text[shown:]:
+                yield rest
+            return self._done[id]
+        finally:
+            if id in self.state.requests:
+                self.abort_request(id)
+            self._done.pop(id, None)
+            self._streams.discard(id)
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        # What is kept for the way back holds no blocks: a state that did would pin the whole cache.
+        kept = vacate(self.state), self._next_id, dict(self._clocks), dict(self._done)
+        try:
+            yield
+        except BaseException:
+            self.state, self._next_id, self._clocks, self._done = kept
+            raise
+
+    def _advance(self) -> tuple[str, ...]:
+        """One step, if there is anything to run; the request of each token that it sampled."""
+        batch = schedule(self.state)
+        if batch is None:
+            return ()
+        begun = time.perf_counter()
+        self.state, tokens = step(self.params, self.state, batch)
+        now = time.perf_counter()
+        for item in batch.scheduled:
+            if item.admitted:
+                self._clocks[item.sequence.id] = self._clock(item.sequence.id).admit(begun)
+        for id in tokens.request_ids:
+            self._clocks[id] = self._clock(id).token(now)
+        self._collect()
+        return tokens.request_ids
+
+    def _clock(self, id: str) -> Clock:
+        """A request's clock; a new one if `state` was set to a value that holds requests from before."""
+        return self._clocks.get(id) or Clock()
+
+    def _collect(self) -> None:
+        before = self.state
+        after, done = collect(before)
+        for id, output in done.items():
+            num_samples = before.held(id).num_samples
+            self._done[id] = replace(output, metrics=self._clock(id).metrics(num_samples))
+            self._clocks.pop(id, None)
+            self._texts.forget(id, num_samples)
+        self.state = after
+
+    def _output(self, id: str, unfinished: Sequence[Continuation]) -> RequestOutput:
+        held = self.state.held(id)
+        output = output_of(self.state, held, unfinished, self._texts.text, self._texts.piece)
+        return replace(output, metrics=self._clock(id).metrics(held.num_samples))
+
+
+def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt, not several."""
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    if isinstance(prompts, torch.Tensor):
+        return prompts.ndim == 1
+    return len(prompts) > 0 and isinstance(prompts[0], Integral)
+
+
+def _unpacked(prompt: Mapping[str, Any]) -> str | Sequence[int]:
+    for key in ("prompt", "prompt_token_ids"):
+        if prompt.keys() == {key}:
+            return prompt[key]
+    raise RequestError(
+        f'a prompt is text, token ids, {{"prompt": text}} or {{"prompt_token_ids": ids}}; got the keys '
+        f"{', '.join(map(repr, prompt))}"
+    )
