@@ -511,6 +511,18 @@ class TestRewinding:
         assert texts[0] == texts[1]
         assert len(texts[0]) == 8
 
+    def test_logprobs_of_running_requests_show_their_tokens(self, llm: LLM) -> None:
+        llm.add_request(
+            "scored", "the cat", SamplingParams(seed=1, max_tokens=4, logprobs=2, ignore_eos=True)
+        )
+        shown = [llm.step()[0].outputs[0] for _ in range(4)]
+        final = shown[-1].logprobs
+        assert final is not None
+        for count, output in enumerate(shown, 1):
+            assert output.logprobs == final[:count]
+            for table in final[:count]:
+                assert all(s.decoded_token == llm.tokenizer.decode([t]) for t, s in table.items())
+
     def test_an_output_is_not_lost_when_a_step_is_interrupted(
         self, llm: LLM, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -225,7 +225,7 @@ class Program(RuleBasedStateMachine):
 
 def test_random_programs_leave_every_state_valid_and_every_output_its_own(tiny: folo.Params) -> None:
     Program.params = tiny
-    programs = int(os.environ.get("FOLO_PROGRAMS", "60"))
+    programs = int(os.environ.get("FOLO_PROGRAMS", "100"))
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run_state_machine_as_test(
         Program,

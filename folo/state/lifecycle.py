@@ -60,9 +60,9 @@ def submit(state: EngineState, request: Request) -> EngineState:
 
 def _origin(state: EngineState, request: Request, seed: int, sample: int) -> Origin:
     params = request.sampling
-    stop_ids = set(params.stop_token_ids or ())
+    config, stop_ids = state.params.config, set(params.stop_token_ids or ())
     if not params.ignore_eos:
-        stop_ids |= set(state.params.config.eos_token_ids)
+        stop_ids |= {token for token in config.eos_token_ids if token < config.vocab_size}
     room = state.max_model_len - len(request.prompt_token_ids)
     return Origin(
         request=request,
@@ -113,18 +113,14 @@ def finish(
     if reason not in ("stop", "length", "abort"):
         raise RequestError(f'finish reason {reason!r}: expected "stop", "length" or "abort"')
     request, pool = state.held(id).request, state.pool
-    queues = [], []
-    mine: list[Sequence] = []
-    for queue, kept in zip((state.running, state.waiting), queues, strict=True):
-        for sequence in queue:
-            (mine if sequence.origin.request is request else kept).append(sequence)
+    mine = [s for s in (*state.running, *state.waiting) if s.origin.request is request]
     for sequence in mine:
         pool = pool.release(reversed(sequence.table.blocks))
     requests, finished = settle(state, [s.ended(reason, stop_reason) for s in mine])
     return replace(
         state,
-        running=tuple(queues[0]),
-        waiting=tuple(queues[1]),
+        running=tuple(s for s in state.running if s.origin.request is not request),
+        waiting=tuple(s for s in state.waiting if s.origin.request is not request),
         requests=requests,
         finished=finished,
         pool=pool,
