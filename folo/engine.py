@@ -224,8 +224,8 @@ class LLMEngine:
     def _stream(self, request: Request) -> Generator[str, None, RequestOutput]:
         id, shown = request.id, 0
         try:
-            self._streams.add(id)
             self._submit(request)
+            self._streams.add(id)
             while id not in self._done:
                 self._advance()
                 for sequence in self.state.sequences(id) if id not in self._done else ():
@@ -238,9 +238,12 @@ class LLMEngine:
                 yield rest
             return self._done[id]
         finally:
-            if id in self.state.requests:
+            held = self.state.requests.get(id)
+            unfinished = held is not None and held.request is request
+            if unfinished:
                 self.abort_request(id)
-            self._done.pop(id, None)
+            if unfinished or id in self._streams:  # else the id is another's: nothing here is ours
+                self._done.pop(id, None)
             self._streams.discard(id)
 
     @contextmanager

@@ -87,7 +87,8 @@ class SamplingParams:
         min-p, top-k, top-p after temperature. top_k 0 or -1, top_p 1 and min_p 0 are off.
     repetition_penalty: for tokens of prompt and output; presence_penalty, frequency_penalty: of the output.
     logit_bias: {token id: what is added to its logit}, -inf to ban it. Kept as a tuple of pairs, sorted.
-    max_tokens: most output tokens; None for as many as fit. min_tokens: no stop token before that many.
+    max_tokens: most output tokens; None for as many as fit. min_tokens: no stop token
+        and no stop string before that many.
     stop: strings that end the output (cut off unless include_stop_str_in_output). Kept as a tuple.
     stop_token_ids: tokens that end it, besides the model's own end of sequence (see ignore_eos).
     seed: 64 bits; None derives one from the engine's seed and the request's id (`derive_seed`).

@@ -541,6 +541,17 @@ class TestRewinding:
             seen |= {output.request_id for output in llm.step() if output.finished}
         assert seen == {"short", "long"}
 
+    def test_a_stream_whose_id_was_taken_leaves_the_other_request_alone(self, llm: LLM) -> None:
+        params = SamplingParams(seed=1, max_tokens=3, ignore_eos=True)
+        stream = llm.stream("the cat", params)
+        llm.add_request(str(llm._next_id - 1), "the dog", params)
+        with pytest.raises(RequestError, match="with this id is in the state already"):
+            next(stream)
+        outputs = []
+        while llm.has_unfinished_requests():
+            outputs += [output for output in llm.step() if output.finished]
+        assert [output.outputs[0].finish_reason for output in outputs] == ["length"]
+
     def test_aborting_what_has_just_ended_is_fine(self, llm: LLM) -> None:
         llm.add_request("over", [5, 6], SamplingParams(seed=1, max_tokens=1, ignore_eos=True))
         llm._advance()

@@ -42,13 +42,13 @@ def _check_queues(state: EngineState) -> None:
         _require(sequence.finish_reason is None, f"{sequence.id!r} has finished and is still queued")
         _require(sequence.id in state.requests, f"{sequence.id!r} is queued, but not among the requests")
     for sequence in (*state.waiting, *ended):
-        held = sequence.table.blocks or sequence.num_computed
-        _require(not held, f"{sequence.id!r} does not run, yet holds blocks")
+        vacant = not sequence.table.blocks and not sequence.num_computed
+        _require(vacant, f"{sequence.id!r} does not run, yet holds blocks")
     for requests in (state.requests, state.finished):
-        for id, admitted in requests.items():
+        for id, held in requests.items():
             known = samples[id]
-            _require(known == admitted.num_samples, f"{id!r} has {known} of {admitted.num_samples} samples")
-            over = len(admitted.ended) == admitted.num_samples
+            _require(known == held.num_samples, f"{id!r} has {known} of {held.num_samples} samples")
+            over = len(held.ended) == held.num_samples
             _require(over == (requests is state.finished), f"{id!r} is misfiled")
 
 

@@ -75,13 +75,13 @@ class EngineState:
 
     def held(self, id: str) -> Held:
         """The request of this id; raises RequestError if the state holds none."""
-        admitted = self.requests.get(id) or self.finished.get(id)
-        if admitted is None:
+        held = self.requests.get(id) or self.finished.get(id)
+        if held is None:
             raise RequestError(f"no request {id!r} in this state: never submitted, or collected already")
-        return admitted
+        return held
 
     def sequences(self, id: str) -> list[Sequence]:
-        """The unfinished sequences of a request, by sample. Raises RequestError as `admitted` does."""
+        """The unfinished sequences of a request, by sample. Raises RequestError as `held` does."""
         self.held(id)
         found = (s for queue in (self.running, self.waiting) for s in queue if s.id == id)
         return sorted(found, key=lambda s: s.origin.sample)

@@ -147,5 +147,5 @@ def vacate(state: EngineState) -> EngineState:
 
 def collect(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:
     """Take the finished requests out of the state; their outputs by id, in order of arrival."""
-    done = sorted((admitted for _, admitted in state.finished.items()), key=lambda a: a.arrival)
+    done = sorted((held for _, held in state.finished.items()), key=lambda a: a.arrival)
     return replace(state, finished=Map()), {a.request.id: output_of(state, a) for a in done}

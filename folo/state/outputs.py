@@ -46,7 +46,7 @@ def token_text_of(tokenizer: Any, token: int) -> str | None:
 
 def output_of(
     state: EngineState,
-    admitted: Held,
+    held: Held,
     unfinished: Iterable[Sequence] = (),
     text: Callable[[Any, Sequence], str] = text_of,
     token_text: Callable[[Any, int], str | None] = token_text_of,
@@ -55,10 +55,10 @@ def output_of(
 
     text, token_text: stand in for `text_of` and `token_text_of` where a caller remembers much of it.
     """
-    request = admitted.request
-    sequences = sorted((*admitted.ended, *unfinished), key=lambda s: s.origin.sample)
+    request = held.request
+    sequences = sorted((*held.ended, *unfinished), key=lambda s: s.origin.sample)
     first = sequences[0]
-    finished = len(admitted.ended) == admitted.num_samples
+    finished = len(held.ended) == held.num_samples
     shown = sequences
     if finished:
         chosen = sorted(sequences, key=_merit) if request.sampling.best_of else sequences

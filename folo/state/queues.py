@@ -26,10 +26,10 @@ def settle(state: EngineState, ended: Iterable[Sequence]) -> tuple[Map[str, Held
     """`requests` and `finished` once these sequences have ended."""
     requests, finished = state.requests, state.finished
     for sequence in ended:
-        admitted = requests[sequence.id]
-        admitted = replace(admitted, ended=(*admitted.ended, sequence))
-        if len(admitted.ended) < admitted.num_samples:
-            requests = requests.set(sequence.id, admitted)
+        held = requests[sequence.id]
+        held = replace(held, ended=(*held.ended, sequence))
+        if len(held.ended) < held.num_samples:
+            requests = requests.set(sequence.id, held)
         else:
-            requests, finished = requests.delete(sequence.id), finished.set(sequence.id, admitted)
+            requests, finished = requests.delete(sequence.id), finished.set(sequence.id, held)
     return requests, finished
