@@ -23,6 +23,7 @@ from folo.model.params import Params
 from folo.model.tokenizer import load_tokenizer
 from folo.request import CompletionOutput, Logprob, Request, RequestOutput
 from folo.sampling import SamplingParams
+from folo.state.branch import extend, fork
 from folo.state.check import check
 from folo.state.engine import EngineState, init
 from folo.state.lifecycle import abort, collect, finish, submit
@@ -59,7 +60,9 @@ __all__ = [
     "abort",
     "check",
     "collect",
+    "extend",
     "finish",
+    "fork",
     "has_unfinished",
     "init",
     "load",

@@ -208,7 +208,7 @@ class LLMEngine:
         left = Counter[str]()  # output tokens that each request may still get
         for sequence in self.state.waiting:
             if sequence.id in pending:
-                left[sequence.id] += sequence.origin.max_tokens
+                left[sequence.id] += sequence.origin.max_length - sequence.origin.num_prompt
         num_prompts, total = len(pending), left.total()
         with tqdm(total=total, desc="Generating", unit=" tokens", disable=not use_tqdm) as bar:
             while pending:

@@ -22,8 +22,18 @@ SAMPLING = np.dtype(
         ("top_k", "<i8"),
         ("seed", "<i8"),
         ("sample_index", "<i8"),
+        ("num_logprobs", "<i8"),  # of output tokens
+        ("processed", "?"),  # whether those are of the processed logits
+        ("biased", "?"),  # by logit_bias or min_tokens
     ]
 )
+NO_LOGPROBS = -1  # a row's num_logprobs if it wants none, not even its own token's
+
+
+def output_logprobs(params: SamplingParams) -> int:
+    """How many of the likeliest tokens to report besides an output token's own, or NO_LOGPROBS."""
+    default = NO_LOGPROBS if params.best_of is None else 0  # best_of compares sums of them
+    return default if params.logprobs is None else params.logprobs
 
 
 def pack_sampling(params: SamplingParams, seed: int, sample_index: int) -> bytes:
@@ -35,10 +45,12 @@ def pack_sampling(params: SamplingParams, seed: int, sample_index: int) -> bytes
     row["presence"], row["frequency"] = params.presence_penalty, params.frequency_penalty
     row["seed"] = seed - 2**64 if seed >= 2**63 else seed  # the same bits, signed: torch has no uint64 ops
     row["sample_index"] = sample_index
+    row["num_logprobs"] = output_logprobs(params)
+    row["processed"] = params.logprobs_mode == "processed"
+    row["biased"] = bool(params.logit_bias) or params.min_tokens > 0
     return row.tobytes()
 
 
-NO_LOGPROBS = -1  # a row's num_logprobs if it wants none, not even its own token's
 ROWS_PER_TILE = 64  # bounds the memory of float32 logits: 64 rows of the vocabulary at a time
 
 

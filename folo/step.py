@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from folo.errors import ParamsMismatchError, RequestError, StaleBatchError
-from folo.inputs import NO_LOGPROBS, Rows
+from folo.inputs import NO_LOGPROBS, Rows, output_logprobs
 from folo.model import device
 from folo.model.params import Params
 from folo.ops.sampler import NO_TOKEN
-from folo.sampling import Context
+from folo.sampling import Context, Transform
 from folo.state.advance import Results, advance
 from folo.state.bind import bind
 from folo.state.engine import EngineState
-from folo.state.layout import Row, inputs_of, tiles_of
+from folo.state.layout import Row, inputs_of, rows_of, tiles_of
 from folo.state.schedule import Batch
 from folo.state.sequence import TokenLogprobs
 
@@ -55,11 +55,11 @@ def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState,
             "this state belongs to other parameters: its K and V come from them; step it with those"
         )
     bound = bind(batch)
-    tiles = tiles_of(bound)
-    inputs = inputs_of(bound, tiles, params.device)
+    rows = rows_of(batch.scheduled)
+    inputs = inputs_of(bound, rows, params.device)
     hidden = device.run(params, state.heap.k, state.heap.v, inputs)
+    tiles = tiles_of(rows)
     sampled = [_sample(params, hidden, *tile) for tile in zip(inputs.rows, tiles, strict=True)]
-    rows = [row for tile in tiles for row in tile]
     results = _to_host(sampled, tiles)
     _refuse_unsampled(rows, results.ids)
     return advance(bound, rows, results), _tokens(rows, results)
@@ -67,7 +67,7 @@ def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState,
 
 def _sample(params: Params, hidden: Tensor, tile: Rows, rows: Items[Row]) -> device.Sampled:
     raw, processed = device.row_logits(params, hidden, tile)
-    own = [n for n, row in enumerate(rows) if row.target < 0 and _processors(row)]
+    own = [n for n, row in enumerate(rows) if _processors(row)]
     if own:
         processed = processed.clone()
         for n in own:
@@ -75,16 +75,17 @@ def _sample(params: Params, hidden: Tensor, tile: Rows, rows: Items[Row]) -> dev
     return device.sample(raw, processed, tile)
 
 
-def _processors(row: Row) -> Items[object]:
-    return row.sequence.origin.request.sampling.logits_processors
+def _processors(row: Row) -> Items[Transform]:
+    return () if row.of_prompt else row.sequence.origin.request.sampling.logits_processors
 
 
 def _transformed(logits: Tensor, row: Row) -> Tensor:
     """The caller's transforms on one row: outside the device function, since they are any Python."""
     sequence = row.sequence
     request = sequence.origin.request
+    origin, prompt = sequence.origin, tuple(request.prompt_token_ids)
     context = Context(
-        tuple(request.prompt_token_ids), tuple(sequence.output_ids), row.position, sequence.origin.sample
+        prompt, tuple(sequence.tokens[origin.num_prompt : row.position]), row.position, origin.stream
     )
     shape = logits.shape
     for transform in request.sampling.logits_processors:
@@ -113,13 +114,20 @@ def _to_host(sampled: Items[device.Sampled], tiles: Items[Items[Row]]) -> Result
             tile.top_logprobs.tolist(),
         )
         for row, logprob, rank, top_ids, top_logprobs in zip(rows, *columns, strict=True):
-            k = row.num_logprobs
+            k = _num_logprobs(row)
             score = TokenLogprobs(logprob, rank, tuple(top_ids[:k]), tuple(top_logprobs[:k]))
             scores.append(None if k == NO_LOGPROBS else score)
     return Results(ids, scores)
 
 
+def _num_logprobs(row: Row) -> int:
+    params = row.sequence.origin.request.sampling
+    return params.prompt_logprobs or 0 if row.of_prompt else output_logprobs(params)
+
+
 def _refuse_unsampled(rows: Items[Row], ids: Items[int]) -> None:
+    if NO_TOKEN not in ids:
+        return
     for row, id in zip(rows, ids, strict=True):
         if id == NO_TOKEN:
             raise RequestError(

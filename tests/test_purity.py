@@ -23,7 +23,7 @@ from folo import ops
 from folo.inputs import Inputs
 from folo.model import device
 from folo.state.bind import bind
-from folo.state.layout import inputs_of, tiles_of
+from folo.state.layout import inputs_of, rows_of
 
 # --- the device function
 
@@ -100,7 +100,7 @@ def sampled_every_way(params: folo.Params) -> tuple[folo.EngineState, Inputs]:
     batch = folo.schedule(state)
     assert batch is not None
     bound = bind(batch)
-    inputs = inputs_of(bound, tiles_of(bound), params.device)
+    inputs = inputs_of(bound, rows_of(batch.scheduled), params.device)
     return state, replace(inputs, copy_source=torch.tensor([0]), copy_target=torch.tensor([9]))
 
 

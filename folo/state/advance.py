@@ -8,9 +8,11 @@ from typing import Any
 
 from folo import detokenize
 from folo.state.bind import Bound
-from folo.state.engine import EngineState
+from folo.state.engine import Counters, EngineState
+from folo.state.evolve import evolve
+from folo.state.heap import Content
 from folo.state.layout import Row
-from folo.state.pool import ROOT, Entry, Pool, extend_digests
+from folo.state.pool import ROOT, Pool, extend_digests
 from folo.state.queues import queued, settle
 from folo.state.schedule import Scheduled
 from folo.state.sequence import BlockTable, Sequence, TokenLogprobs
@@ -27,57 +29,54 @@ class Results:
 def advance(bound: Bound, rows: Items[Row], results: Results) -> EngineState:
     """The state after the step, with its tokens appended and its stop conditions applied."""
     batch = bound.batch
-    state, size = batch.state, batch.state.cache.block_size
-    by_sequence: dict[int, list[int]] = {}
-    for at, row in enumerate(rows):
-        by_sequence.setdefault(row.number, []).append(at)
+    state, size, caching = batch.state, batch.state.cache.block_size, batch.state.cache.enable_prefix_caching
     pool = bound.pool
     changed: dict[int, Sequence] = {}  # by id() of the sequence in the old state
     ended: list[Sequence] = []
-    hits = queries = 0
+    admitted: list[Sequence] = []
+    hits = queries = at = 0
+    num_rows = len(rows)
     for number, (item, table) in enumerate(zip(batch.scheduled, bound.tables, strict=True)):
-        before = item.sequence
-        if item.end // size > item.start // size:
+        before, start, end = item.sequence, item.start, item.end
+        if before.digests.length and end // size > start // size:
             table, pool = _index(item, table, pool, size)
-        changes: dict[str, Any] = {"table": table, "num_computed": item.end}
+        changes: dict[str, Any] = {"table": table, "num_computed": end}
         if item.admitted:
-            if item.hits and state.cache.enable_prefix_caching:
-                queries, hits = queries + len(before.tokens), hits + item.start
+            if item.hits and caching:
+                queries, hits = queries + before.tokens.length, hits + start
             if before.num_cached is None:
-                changes["num_cached"] = item.start
-        scored = before.prompt_logprobs
-        for at in by_sequence.get(number, ()):
-            if rows[at].target < 0:
-                changes |= _sampled(state, before, results.ids[at], results.scores[at])
-            elif (scores := results.scores[at]) is not None:
-                changes["prompt_logprobs"] = scored = scored.append(scores)
-        sequence = replace(before, **changes)
+                changes["num_cached"] = start
+        while at < num_rows and rows[at].number == number:
+            row, scores = rows[at], results.scores[at]
+            if scores is not None:
+                _score(before, row, scores, changes)
+            if row.target < 0:
+                _append(state, before, results.ids[at], changes)
+            at += 1
+        sequence = evolve(before, **changes)
         if sequence.finish_reason is not None:
-            pool = pool.release(reversed(sequence.table.blocks))
-            sequence = sequence.ended(sequence.finish_reason, sequence.stop_reason)
-            ended.append(sequence)
+            pool = pool.release(sequence.table.blocks)
+            ended.append(sequence.ended(sequence.finish_reason, sequence.stop_reason))
+        elif item.admitted:
+            admitted.append(sequence)
         changed[id(before)] = sequence
     gone = {id(victim) for victim in batch.preempted}
-    admitted = [changed[id(item.sequence)] for item in batch.scheduled if item.admitted]
     running = [changed.get(id(s), s) for s in state.running if id(s) not in gone]
+    if ended:
+        running = [s for s in running if s.finish_reason is None]
     left = {id(item.sequence) for item in batch.scheduled if item.admitted}
-    waiting = tuple(s for s in state.waiting if id(s) not in left) if left else state.waiting
-    evicted = [replace(victim.vacate(), preemptions=victim.preemptions + 1) for victim in batch.preempted]
+    waiting = tuple([s for s in state.waiting if id(s) not in left]) if left else state.waiting
+    evicted = [evolve(victim.vacate(), preemptions=victim.preemptions + 1) for victim in batch.preempted]
     requests, finished = settle(state, ended)
     counters = state.counters
-    return replace(
+    return evolve(
         state,
-        running=queued(
-            state,
-            tuple(s for s in running if s.finish_reason is None),
-            (s for s in admitted if s.finish_reason is None),
-        ),
+        running=queued(state, running, admitted),
         waiting=queued(state, waiting, evicted) if evicted else waiting,
         requests=requests,
         finished=finished,
         pool=pool,
-        counters=replace(
-            counters,
+        counters=Counters(
             steps=counters.steps + 1,
             preemptions=counters.preemptions + len(evicted),
             prefix_queries=counters.prefix_queries + queries,
@@ -90,45 +89,54 @@ def _index(item: Scheduled, table: BlockTable, pool: Pool, size: int) -> tuple[B
     """Enter the blocks that became full into the prefix index.
 
     Where the index has the same content already, the table takes the indexed block instead of its
-    own: the bits are the same, and a chain's parents stay in use as long as its children are.
+    own, if it shares that with no other: the bits are the same.
     """
     sequence, blocks = item.sequence, list(table.blocks)
     for number in range(item.start // size, min(item.end // size, len(sequence.digests))):
+        if number and not pool.cached(blocks[number - 1]):
+            break  # should two contents ever have one digest, what follows the second stays out
         digest = sequence.digests[number]
         parent = sequence.digests[number - 1] if number else ROOT
         token_ids = sequence.tokens[number * size : (number + 1) * size]
-        known = pool.lookup(digest, parent, token_ids)
+        mine, known = blocks[number], pool.lookup(digest, parent, token_ids)
         if known is None:
-            if digest not in pool.index:  # a digest of other content, should one ever occur, stays
-                pool = pool.insert(digest, Entry(blocks[number], parent, tuple(token_ids)))
-        elif known is not blocks[number]:
-            pool = pool.release((blocks[number],)).hold(known)
+            if digest not in pool.index:
+                mine.content = Content(digest, parent, tuple(token_ids))
+                pool = pool.insert(mine, mine.content)
+        elif known is not mine:
+            if any(block.index in pool.branches for block in blocks[number:]):
+                break  # another table goes through here: a block has one predecessor
+            pool = pool.hold([*blocks[:number], known]).release(blocks[: number + 1])
             blocks[number] = known
-            table = BlockTable.of(tuple(blocks))
+    if tuple(blocks) != table.blocks:
+        table = BlockTable.of(tuple(blocks))
     return table, pool
 
 
-def _sampled(
-    state: EngineState, sequence: Sequence, token: int, scores: TokenLogprobs | None
-) -> dict[str, Any]:
-    """What changes about a sequence by one more token."""
-    size, salt = state.cache.block_size, sequence.origin.request.cache_salt
-    tokens = sequence.tokens.append(token)
-    changes = _stopped(state.tokenizer, sequence, token)
+def _score(before: Sequence, row: Row, scores: TokenLogprobs, changes: dict[str, Any]) -> None:
+    """One position more has its scores."""
+    changes["scores"] = changes.get("scores", before.scores).append(scores)
+    if not row.of_prompt:
+        total = changes.get("cumulative_logprob", before.cumulative_logprob)
+        changes["cumulative_logprob"] = total + scores.logprob
+
+
+def _append(state: EngineState, before: Sequence, token: int, changes: dict[str, Any]) -> None:
+    """One token more, and what it stops."""
+    tokens, origin = before.tokens.append(token), before.origin
     changes["tokens"] = tokens
-    if state.cache.enable_prefix_caching and not len(tokens) % size:
-        changes["digests"] = extend_digests(sequence.digests, tokens, size, salt)
-    if scores is not None:
-        changes["logprobs"] = sequence.logprobs.append(scores)
-        changes["cumulative_logprob"] = sequence.cumulative_logprob + scores.logprob
-    return changes
+    if state.cache.enable_prefix_caching and not tokens.length % state.cache.block_size:
+        salt = origin.request.cache_salt
+        changes["digests"] = extend_digests(before.digests, tokens, state.cache.block_size, salt)
+    if token in origin.stop_ids or tokens.length >= origin.max_length or before.text is not None:
+        changes |= _stopped(state.tokenizer, before, token)
 
 
 def _stopped(tokenizer: Any, sequence: Sequence, token: int) -> dict[str, Any]:
     """The text with the token and, if it is the last, why: a stop id, else a stop string, else length."""
     origin, params = sequence.origin, sequence.origin.request.sampling
-    text, count = sequence.text, sequence.num_output + 1
-    stopping = count >= params.min_tokens
+    text, length = sequence.text, sequence.tokens.length + 1
+    stopping = length - origin.num_prompt >= params.min_tokens
     if stopping and token in origin.stop_ids:
         if text is not None and params.include_stop_str_in_output:
             text = detokenize.advance(tokenizer, text, (token,))
@@ -144,6 +152,6 @@ def _stopped(tokenizer: Any, sequence: Sequence, token: int) -> dict[str, Any]:
             end = at + (len(stop) if params.include_stop_str_in_output else 0)
             text = replace(text, text=text.text[:end], pending="")
             return {"text": text, "finish_reason": "stop", "stop_reason": stop}
-    if count >= origin.max_tokens:
+    if length >= origin.max_length:
         changes["finish_reason"] = "length"
     return changes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from folo.state.heap import Block
+from folo.state.pinned import out_of_blocks
 from folo.state.pool import Pool
 from folo.state.schedule import Batch, Scheduled
 from folo.state.sequence import BlockTable
@@ -15,9 +16,9 @@ class Bound:
     """A batch with its blocks: each scheduled sequence's table, the accounting, and what to copy first."""
 
     batch: Batch
-    tables: tuple[BlockTable, ...]
+    tables: list[BlockTable]
     pool: Pool
-    copies: tuple[tuple[Block, Block], ...]  # (source, target)
+    copies: list[tuple[Block, Block]]  # (source, target)
 
 
 def bind(batch: Batch) -> Bound:
@@ -29,48 +30,59 @@ def bind(batch: Batch) -> Bound:
         OutOfBlocksError: states that are still held pin the blocks that the plan needs.
     """
     binding = _Binding(batch)
+    size, tables = binding.size, binding.tables
     for item in batch.scheduled:
-        binding.bind(item)
-    return Bound(batch, tuple(binding.tables), binding.pool, tuple(binding.copies))
+        sequence, start, end, admitted, *_ = item
+        offset = start % size
+        if offset and not admitted and offset + end - start <= size:
+            table, branches = sequence.table, binding.pool.branches
+            tail = table.blocks[-1]
+            if tail.claimed == offset and not (branches.length and tail.index in branches):
+                # By far the most common: some slots more of a block that is the sequence's own.
+                tail.claimed = offset + end - start
+                tables.append(table)
+                continue
+        tables.append(binding.table(item))
+    return Bound(batch, tables, binding.pool.evict(), binding.copies)
 
 
 class _Binding:
     def __init__(self, batch: Batch) -> None:
+        self.state = batch.state
         self.size = batch.state.cache.block_size
-        self.heap = batch.state.heap
         self.tables: list[BlockTable] = []
         self.copies: list[tuple[Block, Block]] = []
         self.pool = batch.state.pool
-        self.live = self.pool.used + len(self.pool.idle)
         for victim in batch.preempted:
-            self.pool = self.pool.release(reversed(victim.table.blocks))
+            self.pool = self.pool.release(victim.table.blocks)
 
-    def bind(self, item: Scheduled) -> None:
-        size, table = self.size, item.sequence.table
-        if item.admitted:
-            table = self._reused(item)
+    def table(self, item: Scheduled) -> BlockTable:
+        size = self.size
+        table = self._reused(item) if item.admitted else item.sequence.table
         blocks, offset = table.blocks, item.start % size
         # Where a slot to be written is claimed already, histories part. What one state shares is
         # copied whether or not it is claimed yet, so that its accounting cannot depend on the heap.
         if offset and (self.pool.shared(blocks[-1]) or blocks[-1].claimed > offset):
-            self.pool = self.pool.release(blocks[-1:])
-            (copy,) = self._take(1)
+            self.pool = self.pool.part(blocks)
+            copy = self._allocate()
             self.copies.append((blocks[-1], copy))
-            table = BlockTable.of((*blocks[:-1], copy))
+            table = table.first(len(blocks) - 1).extended([copy])
         if (count := -(-item.end // size) - len(blocks)) > 0:
-            table = BlockTable.of((*table.blocks, *self._take(count)))
+            self.pool = self.pool.take(count)
+            table = table.extended([self._allocate() for _ in range(count)])
         for number in range(item.start // size, len(table.blocks)):
             table.blocks[number].claimed = min(size, item.end - number * size)
-        self.tables.append(table)
+        return table
 
     def _reused(self, item: Scheduled) -> BlockTable:
         blocks = tuple(
             b if isinstance(b, Block) else self.tables[b.donor].blocks[b.number] for b in item.reused
         )
-        for block in blocks:
-            self.pool = self.pool.hold(block)
+        self.pool = self.pool.hold(blocks)  # prefix hits are in it still: eviction comes last
         return BlockTable.of(blocks)
 
-    def _take(self, count: int) -> list[Block]:
-        self.pool = self.pool.take(count)
-        return [self.heap.allocate(self.live) for _ in range(count)]
+    def _allocate(self) -> Block:
+        try:
+            return self.state.heap.allocate()
+        except MemoryError:
+            raise out_of_blocks(self.state) from None

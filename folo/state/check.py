@@ -65,36 +65,49 @@ def _check_running(state: EngineState, sequence: Sequence) -> None:
     for number, digest in enumerate(sequence.digests):
         expected = block_digest(parent, sequence.tokens[number * size : (number + 1) * size], salt)
         _require(digest == expected, f"{name} has a wrong digest for block {number}")
-        if number < len(blocks):
-            indexed = state.pool.digests.get(blocks[number].index)
-            _require(indexed in (None, digest), f"{name} holds a block of other content at {number}")
+        content = blocks[number].content if number < computed // size else None
+        _require(
+            content is None or content.digest == digest, f"{name} holds a block of other content at {number}"
+        )
         parent = digest
 
 
 def _check_pool(state: EngineState) -> None:
     pool = state.pool
     objects: dict[int, Block] = {}
-    uses: Counter[int] = Counter()
-    for block in (b for s in state.running for b in s.table.blocks):
-        uses[block.index] += 1
-        _require(objects.setdefault(block.index, block) is block, f"two objects stand for {block}")
-    for digest, entry in pool.index.items():
-        block = entry.block
-        _require(objects.setdefault(block.index, block) is block, f"two objects stand for {block}")
-        _require(pool.digests.get(block.index) == digest, f"the index and its inverse differ on {block}")
-        _require(block.claimed == state.cache.block_size, f"{block} is indexed, but not full")
-        _require(
-            entry.parent == ROOT or entry.parent in pool.index, f"the parent of {block} was evicted first"
-        )
-    _require(all(0 <= i < state.heap.num_blocks for i in objects), "a block lies outside the heap")
-    _require(len(pool.digests) == len(pool.index), "the index and its inverse differ in size")
-    _require(pool.used == len(uses), f"{len(uses)} blocks are in use, {pool.used} accounted for")
-    _require(
-        dict(pool.sharers.items()) == {i: n for i, n in uses.items() if n > 1}, "the shares do not add up"
-    )
-    idle = set(pool.digests) - set(uses)
+    before: dict[int, int | None] = {}  # the predecessor of each used block
+    ways: Counter[int] = Counter()  # ends of tables and blocks that follow
+    for sequence in state.running:
+        last = None
+        for block in sequence.table.blocks:
+            _require(objects.setdefault(block.index, block) is block, f"two objects stand for {block}")
+            if block.index not in before and last is not None:
+                ways[last] += 1
+            known = before.setdefault(block.index, last)
+            _require(known == last, f"{block} follows two blocks, {known} and {last}")
+            last = block.index
+        if last is not None:
+            ways[last] += 1
+    _check_index(state, objects)
+    _require(pool.used == len(before), f"{len(before)} blocks are in use, {pool.used} accounted for")
+    branches = {i: n for i, n in ways.items() if n > 1}
+    _require(dict(pool.branches.items()) == branches, "the ways on from the blocks do not add up")
+    idle = {block.index for _, block in pool.index.items()} - before.keys()
     _require(set(pool.idle) == idle, f"{len(idle)} blocks are idle, {len(pool.idle)} accounted for")
     inverse = {stamp: i for i, stamp in pool.idle.items()}
-    _require(dict(pool.released.items()) == inverse, "the order of eviction differs from the idle blocks")
+    released = {stamp: block.index for stamp, block in pool.released.items()}
+    _require(released == inverse, "the order of eviction differs from the idle blocks")
     _require(all(pool.oldest <= stamp < pool.clock for stamp in inverse), "an idle block is out of time")
     _require(pool.used + len(pool.idle) <= pool.capacity, "more blocks are held than the pool has")
+
+
+def _check_index(state: EngineState, objects: dict[int, Block]) -> None:
+    index = state.pool.index
+    for digest, block in index.items():
+        content = block.content
+        _require(objects.setdefault(block.index, block) is block, f"two objects stand for {block}")
+        _require(content is not None and content.digest == digest, f"{block} is indexed as what it is not")
+        _require(block.claimed == state.cache.block_size, f"{block} is indexed, but not full")
+        parent = ROOT if content is None else content.parent
+        _require(parent == ROOT or parent in index, f"the parent of {block} was evicted first")
+    _require(all(0 <= i < state.heap.num_blocks for i in objects), "a block lies outside the heap")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _IN_FLIGHT = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Held:
     """A request that the state holds, and those of its sequences that have ended."""
 

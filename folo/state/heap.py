@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,19 +14,29 @@ from folo.errors import OutOfBlocksError
 _ALIGNMENT = 64  # bytes: a cache line, and the width of the widest CPU vector load
 
 
+class Content(NamedTuple):
+    """What a full block holds the K and V of: these tokens, after the blocks that `parent` stands for."""
+
+    digest: bytes
+    parent: bytes
+    token_ids: tuple[int, ...]
+
+
 class Block:
     """One physical block of the heap, alive as long as anything refers to it.
 
     States and prefix indexes share blocks by sharing the object. `claimed` counts its slots that a
     step has ever set out to write: raised before the write, never lowered, so a slot is written
     once. A step that would write at a claimed slot takes a fresh block instead (copy-on-write).
+    `content` is noted once, when the block is full and computed: a fact about it from then on.
     """
 
-    __slots__ = ("_free", "claimed", "index")
+    __slots__ = ("_free", "claimed", "content", "index")
 
     def __init__(self, index: int, free: list[int]) -> None:
         self.index = index
         self.claimed = 0
+        self.content: Content | None = None
         self._free = free
 
     def __del__(self) -> None:
@@ -58,22 +69,14 @@ class KVHeap:
     def num_free(self) -> int:
         return len(self._free)
 
-    def allocate(self, live: int) -> Block:
-        """A free block. `live`: how many blocks the state being stepped refers to, for the message.
-
-        Raises OutOfBlocksError when every block is referred to by some state that is still held.
-        """
+    def allocate(self) -> Block:
+        """A free block. Raises OutOfBlocksError when some state refers to each of them."""
         if not self._free:
             gc.collect()  # states can hang in reference cycles: a traceback and its frames, for one
         try:
             return Block(self._free.pop(), self._free)
         except IndexError:
-            raise OutOfBlocksError(
-                f"all {self.num_blocks} blocks of the KV heap are in use: {live} by the state being "
-                f"stepped, {self.num_blocks - live} pinned by other states that are still held "
-                f"(a caught exception's traceback holds some too); drop some of them, or give CacheConfig a "
-                f"larger reserve_blocks"
-            ) from None
+            raise OutOfBlocksError(f"all {self.num_blocks} blocks of the KV heap are in use") from None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence as Items
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from folo.inputs import pack_sampling
 from folo.request import Request, RequestOutput
 from folo.sampling import derive_seed
 from folo.state.engine import EngineState, Held
+from folo.state.evolve import evolve
 from folo.state.log import Log
 from folo.state.map import Map
 from folo.state.outputs import output_of
@@ -39,18 +40,17 @@ def submit(state: EngineState, request: Request) -> EngineState:
     count = params.best_of or params.n
     samples = (
         Sequence(
-            origin=_origin(state, request, seed, sample),
+            origin=origin_of(state, request, state.arrivals, seed, sample, stream=sample),
             tokens=tokens,
             num_computed=0,
             table=BlockTable(),
             digests=digests,
-            logprobs=Log(),
-            prompt_logprobs=Log(),
+            scores=Log(),
             text=text,
         )
         for sample in range(count)
     )
-    return replace(
+    return evolve(
         state,
         waiting=queued(state, state.waiting, samples),
         requests=state.requests.set(request.id, Held(request, state.arrivals, count)),
@@ -58,20 +58,39 @@ def submit(state: EngineState, request: Request) -> EngineState:
     )
 
 
-def _origin(state: EngineState, request: Request, seed: int, sample: int) -> Origin:
+def origin_of(
+    state: EngineState,
+    request: Request,
+    arrival: int,
+    seed: int,
+    sample: int,
+    stream: int,
+    lineage: tuple[tuple[str, int, int], ...] = (),
+) -> Origin:
+    """What the state's limits and the request's parameters make of one of its samples."""
     params = request.sampling
     config, stop_ids = state.params.config, set(params.stop_token_ids or ())
     if not params.ignore_eos:
         stop_ids |= {token for token in config.eos_token_ids if token < config.vocab_size}
-    room = state.max_model_len - len(request.prompt_token_ids)
+    num_prompt = len(request.prompt_token_ids)
+    wanted = state.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
+    max_length = min(state.max_model_len, wanted)
+    # Prompt logprobs are the same for all samples: the first one computes them.
+    scores_prompt = sample == 0 and params.prompt_logprobs is not None
+    scores_output = params.logprobs is not None or params.best_of is not None
     return Origin(
         request=request,
-        arrival=state.arrivals,
+        arrival=arrival,
         sample=sample,
+        stream=stream,
         seed=seed,
-        packed_sampling=pack_sampling(params, seed, sample),
+        packed_sampling=pack_sampling(params, seed, stream),
         stop_ids=frozenset(stop_ids),
-        max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+        num_prompt=num_prompt,
+        max_length=max_length,
+        scored_from=1 if scores_prompt else num_prompt,
+        scored_to=max_length if scores_output else num_prompt,
+        lineage=lineage,
     )
 
 
@@ -90,9 +109,7 @@ def _validate(state: EngineState, request: Request) -> None:
     ids = [*request.prompt_token_ids, *(params.stop_token_ids or ())]
     biases = dict(params.logit_bias or ())
     ids += biases
-    for token in (min(ids), max(ids)):
-        if not 0 <= token < vocab_size:
-            raise refuse(f"token id {token} is outside the vocabulary, [0, {vocab_size})")
+    check_vocabulary(state, f"request {request.id!r}", ids)
     for name in ("logprobs", "prompt_logprobs"):
         if (getattr(params, name) or 0) > vocab_size:
             raise refuse(f"{name}={getattr(params, name)} exceeds the vocabulary of {vocab_size} tokens")
@@ -100,6 +117,14 @@ def _validate(state: EngineState, request: Request) -> None:
         raise refuse("stop strings need a tokenizer: folo.init(params, tokenizer=folo.load_tokenizer(model))")
     if sum(bias == -np.inf for bias in biases.values()) == vocab_size:
         raise refuse("logit_bias bans every token of the vocabulary")
+
+
+def check_vocabulary(state: EngineState, what: str, ids: Items[int]) -> None:
+    """Raises RequestError, about `what`, if one of the ids is no token of the model."""
+    vocab_size = state.params.config.vocab_size
+    for token in (min(ids), max(ids)) if ids else ():
+        if not 0 <= token < vocab_size:
+            raise RequestError(f"{what}: token id {token} is outside the vocabulary, [0, {vocab_size})")
 
 
 def finish(
@@ -115,9 +140,9 @@ def finish(
     request, pool = state.held(id).request, state.pool
     mine = [s for s in (*state.running, *state.waiting) if s.origin.request is request]
     for sequence in mine:
-        pool = pool.release(reversed(sequence.table.blocks))
+        pool = pool.release(sequence.table.blocks)
     requests, finished = settle(state, [s.ended(reason, stop_reason) for s in mine])
-    return replace(
+    return evolve(
         state,
         running=tuple(s for s in state.running if s.origin.request is not request),
         waiting=tuple(s for s in state.waiting if s.origin.request is not request),
@@ -137,7 +162,7 @@ def vacate(state: EngineState) -> EngineState:
 
     Holding such a state pins no block of the heap.
     """
-    return replace(
+    return evolve(
         state,
         running=(),
         waiting=queued(state, state.waiting, (sequence.vacate() for sequence in state.running)),
@@ -148,4 +173,4 @@ def vacate(state: EngineState) -> EngineState:
 def collect(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:
     """Take the finished requests out of the state; their outputs by id, in order of arrival."""
     done = sorted((held for _, held in state.finished.items()), key=lambda a: a.arrival)
-    return replace(state, finished=Map()), {a.request.id: output_of(state, a) for a in done}
+    return evolve(state, finished=Map()), {a.request.id: output_of(state, a) for a in done}

@@ -17,34 +17,32 @@ class Log(Generic[T]):
     branching from any point in it stays valid.
     """
 
-    __slots__ = ("_items", "_length")
+    __slots__ = ("_items", "length")
 
     def __init__(self, items: Iterable[T] = ()) -> None:
         self._items = list(items)
-        self._length = len(self._items)
-
-    def _version(self, items: list[T]) -> Log[T]:
-        log: Log[T] = Log.__new__(Log)
-        log._items = items
-        log._length = len(items)
-        return log
+        self.length = len(self._items)
 
     def append(self, item: T) -> Log[T]:
         items = self._items
-        if len(items) != self._length:
-            items = items[: self._length]
+        if len(items) != self.length:
+            items = items[: self.length]
         items.append(item)
-        return self._version(items)
+        return _version(items, self.length + 1)
 
     def extend(self, new: Iterable[T]) -> Log[T]:
         items = self._items
-        if len(items) != self._length:
-            items = items[: self._length]
+        if len(items) != self.length:
+            items = items[: self.length]
         items.extend(new)
-        return self._version(items)
+        return _version(items, len(items))
+
+    def first(self, length: int) -> Log[T]:
+        """The first `length` items, at most all of them, in O(1)."""
+        return _version(self._items, min(length, self.length))
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     @overload
     def __getitem__(self, key: int) -> T: ...
@@ -52,14 +50,14 @@ class Log(Generic[T]):
     def __getitem__(self, key: slice) -> list[T]: ...
     def __getitem__(self, key: int | slice) -> T | list[T]:
         if isinstance(key, slice):
-            start, stop, step = key.indices(self._length)
+            start, stop, step = key.indices(self.length)
             return self._items[start:stop:step]
-        if not -self._length <= key < self._length:
-            raise IndexError(f"index {key} is outside a log of {self._length} items")
-        return self._items[key if key >= 0 else self._length + key]
+        if not -self.length <= key < self.length:
+            raise IndexError(f"index {key} is outside a log of {self.length} items")
+        return self._items[key if key >= 0 else self.length + key]
 
     def __iter__(self) -> Iterator[T]:
-        return iter(self._items[: self._length])
+        return iter(self._items[: self.length])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Log) and self[:] == other[:]
@@ -68,3 +66,15 @@ class Log(Generic[T]):
 
     def __repr__(self) -> str:
         return f"Log({self[:]!r})"
+
+
+def _version(items: list[T], length: int) -> Log[T]:
+    log: Log[T] = Log.__new__(Log)
+    log._items = items
+    log.length = length
+    return log
+
+
+def gather(logs: Iterable[Log[T]], places: Iterable[int]) -> list[T]:
+    """One item of each log, as `log[place]` without its checks: places are known to lie within."""
+    return [log._items[place] for log, place in zip(logs, places, strict=True)]

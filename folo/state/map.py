@@ -23,16 +23,16 @@ class Map(Generic[K, V]):
     string hashes differ from process to process.
     """
 
-    __slots__ = ("_length", "_root")
+    __slots__ = ("_root", "length")
 
     def __init__(self) -> None:
         self._root: Any = _HOLE
-        self._length = 0
+        self.length = 0
 
     def _version(self, root: Any, length: int) -> Map[K, V]:
         version: Map[K, V] = Map.__new__(Map)
         version._root = root
-        version._length = length
+        version.length = length
         return version
 
     def _leaf(self, key: K) -> dict[K, V]:
@@ -53,16 +53,16 @@ class Map(Generic[K, V]):
 
     def set(self, key: K, value: V) -> Map[K, V]:
         grown = key not in self._leaf(key)
-        return self._version(_set(self._root, hash(key), key, value, 0), self._length + grown)
+        return self._version(_set(self._root, hash(key), key, value, 0), self.length + grown)
 
     def delete(self, key: K) -> Map[K, V]:
         """Without `key`; raises KeyError if it is not there."""
         if key not in self._leaf(key):
             raise KeyError(key)
-        return self._version(_delete(self._root, hash(key), key), self._length - 1)
+        return self._version(_delete(self._root, hash(key), key), self.length - 1)
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def items(self) -> Iterator[tuple[K, V]]:
         stack = [self._root]

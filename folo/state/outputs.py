@@ -90,14 +90,15 @@ def _completion(
 ) -> CompletionOutput:
     origin, ids = sequence.origin, sequence.output_ids
     params, logprobs = origin.request.sampling, None
-    if params.logprobs is not None:
-        scored = zip(ids, sequence.logprobs, strict=True)
-        logprobs = [_table(token, scores, params.logprobs, piece) for token, scores in scored]
+    scored = sequence.output_scores
+    if params.logprobs is not None:  # those of forced tokens may still be to come
+        pairs = zip(ids, scored, strict=False)
+        logprobs = [_table(token, scores, params.logprobs, piece) for token, scores in pairs]
     return CompletionOutput(
         index=index,
         text=text,
         token_ids=ids,
-        cumulative_logprob=sequence.cumulative_logprob if len(sequence.logprobs) else None,
+        cumulative_logprob=sequence.cumulative_logprob if scored else None,
         logprobs=logprobs,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
@@ -112,7 +113,7 @@ def _prompt_logprobs(
     count = request.sampling.prompt_logprobs
     if count is None:
         return None
-    scored = zip(request.prompt_token_ids[1:], sequence.prompt_logprobs, strict=False)
+    scored = zip(request.prompt_token_ids[1:], sequence.prompt_scores, strict=False)
     return [None, *(_table(token, scores, count, piece) for token, scores in scored)]
 
 

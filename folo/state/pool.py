@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from struct import pack
 
-import numpy as np
-
-from folo.state.heap import Block
+from folo.state.evolve import evolve
+from folo.state.heap import Block, Content
 from folo.state.log import Log
 from folo.state.map import Map
 
@@ -18,7 +18,7 @@ ROOT = b""  # the parent of a sequence's first block
 def block_digest(parent: bytes, token_ids: list[int], salt: str) -> bytes:
     """The content address of a full block: BLAKE2b over (parent's address, token ids, salt)."""
     digest = blake2b(parent, digest_size=16, key=b"folo.kv", person=b"block")
-    digest.update(np.asarray(token_ids, "<i8").tobytes())
+    digest.update(pack(f"<{len(token_ids)}q", *token_ids))
     digest.update(salt.encode("utf-8", "surrogatepass"))
     return digest.digest()
 
@@ -33,29 +33,25 @@ def extend_digests(digests: Log[bytes], tokens: Log[int], block_size: int, salt:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A full, computed block in the prefix index, with what its digest stands for."""
-
-    block: Block
-    parent: bytes
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Pool:
     """Accounting over the blocks that one state refers to.
 
     A block is *used* while a block table holds it, *idle* while only the prefix index does; idle
-    ones are evicted when a fresh block is needed and used + idle has reached `capacity`.
+    ones are evicted when used + idle exceeds `capacity`.
+
+    Tables that share blocks share them from the first on: together they are a tree, in which every
+    used block has one predecessor. So who holds a block is counted where ways part, and nowhere
+    else: `branches` has, for a block from which more than one way goes on, how many do. A way is a
+    block that follows in some table, or the end of a table. Sharing a table of any length is one
+    count at its end.
     """
 
     capacity: int
     used: int = 0
-    sharers: Map[int, int] = field(default_factory=Map)  # block index -> tables that hold it, if > 1
-    index: Map[bytes, Entry] = field(default_factory=Map)  # digest -> entry
-    digests: Map[int, bytes] = field(default_factory=Map)  # block index -> digest, for indexed blocks
+    branches: Map[int, int] = field(default_factory=Map)  # block index -> ways on, if more than one
+    index: Map[bytes, Block] = field(default_factory=Map)  # digest -> full, computed block
     idle: Map[int, int] = field(default_factory=Map)  # block index -> when it was released
-    released: Map[int, int] = field(default_factory=Map)  # the inverse, for eviction in that order
+    released: Map[int, Block] = field(default_factory=Map)  # the inverse, for eviction in that order
     oldest: int = 0  # no idle block was released before this
     clock: int = 0
 
@@ -64,79 +60,76 @@ class Pool:
         """How many fresh blocks could be taken, evicting what is idle."""
         return self.capacity - self.used
 
-    def shared(self, block: Block) -> bool:
-        return block.index in self.sharers
+    def shared(self, tail: Block) -> bool:
+        """Whether more than one table ends in, or goes through, a table's last block."""
+        return tail.index in self.branches
+
+    def cached(self, block: Block) -> bool:
+        """Whether this very block stands in the prefix index."""
+        content = block.content
+        return content is not None and self.index.get(content.digest) is block
 
     def lookup(self, digest: bytes, parent: bytes, token_ids: list[int]) -> Block | None:
         """The cached block of this content; the tokens are compared, so a collision is a miss."""
-        entry = self.index.get(digest)
-        if entry is None or entry.parent != parent or entry.token_ids != tuple(token_ids):
+        block = self.index.get(digest)
+        if block is None or block.content != (digest, parent, tuple(token_ids)):
             return None
-        return entry.block
+        return block
 
     def take(self, count: int) -> Pool:
-        """Account for `count` fresh blocks, evicting idle ones where the capacity asks for it."""
-        pool = replace(self, used=self.used + count)
-        while pool.used + len(pool.idle) > pool.capacity and len(pool.idle):
-            pool = pool._evict()
-        return pool
+        """Account for `count` fresh blocks at the ends of tables."""
+        return evolve(self, used=self.used + count)
 
-    def _evict(self) -> Pool:
-        # A chain is released last block first, so the oldest idle block has no indexed child.
-        oldest = self.oldest
-        while oldest not in self.released:
-            oldest += 1
-        block_index = self.released[oldest]
-        return replace(
-            self,
-            index=self.index.delete(self.digests[block_index]),
-            digests=self.digests.delete(block_index),
-            idle=self.idle.delete(block_index),
-            released=self.released.delete(oldest),
-            oldest=oldest + 1,
-        )
-
-    def hold(self, block: Block) -> Pool:
-        """One more table refers to a block that this pool knows."""
-        i = block.index
-        stamp = self.idle.get(i)
-        if stamp is not None:
-            idle, released = self.idle.delete(i), self.released.delete(stamp)
-            oldest = stamp + 1 if stamp == self.oldest else self.oldest
-            return replace(
-                self,
-                used=self.used + 1,
-                idle=idle,
-                released=released,
-                oldest=oldest if len(idle) else self.clock,
-            )
-        return replace(self, sharers=self.sharers.set(i, (self.sharers.get(i) or 1) + 1))
-
-    def release(self, blocks: Iterable[Block]) -> Pool:
-        """One table less refers to each of the blocks; give a chain last block first."""
-        pool = self
-        for block in blocks:
+    def hold(self, blocks: Items[Block]) -> Pool:
+        """One more table consists of these blocks, all of which this pool knows."""
+        used, idle, released = self.used, self.idle, self.released
+        branches = self.branches
+        for block in reversed(blocks):
             i = block.index
-            count = pool.sharers.get(i)
-            if count is not None:
-                sharers = pool.sharers.delete(i) if count == 2 else pool.sharers.set(i, count - 1)
-                pool = replace(pool, sharers=sharers)
-            elif i in pool.digests:
-                pool = replace(
-                    pool,
-                    used=pool.used - 1,
-                    idle=pool.idle.set(i, pool.clock),
-                    released=pool.released.set(pool.clock, i),
-                    clock=pool.clock + 1,
-                )
-            else:
-                pool = replace(pool, used=pool.used - 1)
-        return pool
+            stamp = idle.get(i)
+            if stamp is None:  # in use, and so is all that it follows
+                branches = branches.set(i, (branches.get(i) or 1) + 1)
+                break
+            idle, released, used = idle.delete(i), released.delete(stamp), used + 1
+        oldest = self.oldest if len(idle) else self.clock
+        return evolve(self, used=used, branches=branches, idle=idle, released=released, oldest=oldest)
 
-    def insert(self, digest: bytes, entry: Entry) -> Pool:
+    def release(self, blocks: Items[Block]) -> Pool:
+        """One table less consists of these blocks. What nothing else holds is idle if cached, else gone.
+
+        The last block goes first: so of idle blocks, one that follows another is older.
+        """
+        used, idle, released, clock = self.used, self.idle, self.released, self.clock
+        branches = self.branches
+        for block in reversed(blocks):
+            i = block.index
+            ways = branches.get(i)
+            if ways is not None:
+                branches = branches.delete(i) if ways == 2 else branches.set(i, ways - 1)
+                break
+            used -= 1
+            if self.cached(block):
+                idle, released, clock = idle.set(i, clock), released.set(clock, block), clock + 1
+        return evolve(self, used=used, branches=branches, idle=idle, released=released, clock=clock)
+
+    def part(self, blocks: Items[Block]) -> Pool:
+        """A table takes a fresh block in place of its last one."""
+        return self.take(1).hold(blocks[:-1]).release(blocks)
+
+    def insert(self, block: Block, content: Content) -> Pool:
         """Index a full, computed block that a table holds."""
-        return replace(
-            self,
-            index=self.index.set(digest, entry),
-            digests=self.digests.set(entry.block.index, digest),
-        )
+        return evolve(self, index=self.index.set(content.digest, block))
+
+    def evict(self) -> Pool:
+        """Let go of the idle blocks that exceed the capacity, those released first before others."""
+        excess = min(self.used + len(self.idle) - self.capacity, len(self.idle))
+        if excess <= 0:
+            return self
+        index, idle, released, oldest = self.index, self.idle, self.released, self.oldest
+        for _ in range(excess):
+            while (block := released.get(oldest)) is None:
+                oldest += 1
+            assert block.content is not None, "only full, computed blocks are indexed"
+            index, idle = index.delete(block.content.digest), idle.delete(block.index)
+            released, oldest = released.delete(oldest), oldest + 1
+        return evolve(self, index=index, idle=idle, released=released, oldest=oldest)

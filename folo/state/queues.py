@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import replace
 
 from folo.state.engine import EngineState, Held
+from folo.state.evolve import evolve
 from folo.state.map import Map
 from folo.state.sequence import Sequence
 
 
-def queued(state: EngineState, queue: tuple[Sequence, ...], new: Iterable[Sequence]) -> tuple[Sequence, ...]:
+def queued(state: EngineState, queue: Iterable[Sequence], new: Iterable[Sequence]) -> tuple[Sequence, ...]:
     """A queue with new sequences at the places of their rank."""
     merged = list(queue)
     for sequence in new:
@@ -27,7 +27,7 @@ def settle(state: EngineState, ended: Iterable[Sequence]) -> tuple[Map[str, Held
     requests, finished = state.requests, state.finished
     for sequence in ended:
         held = requests[sequence.id]
-        held = replace(held, ended=(*held.ended, sequence))
+        held = evolve(held, ended=(*held.ended, sequence))
         if len(held.ended) < held.num_samples:
             requests = requests.set(sequence.id, held)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from folo.state.engine import EngineState
 from folo.state.heap import Block
@@ -23,9 +24,8 @@ Reuse = tuple[int, tuple[Block | Shared, ...]]
 _WAIT: Reuse = (-1, ())  # a sibling is still at the prompt that is to be shared
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """`num_tokens` of the sequence are computed from `start` on.
+class Scheduled(NamedTuple):
+    """The tokens of the sequence from `start` up to `end` are computed.
 
     reused: for a newly admitted sequence, the blocks that hold its first `start` tokens, which are
     prefix `hits` or those of a sibling.
@@ -33,14 +33,14 @@ class Scheduled:
 
     sequence: Sequence
     start: int
-    num_tokens: int
+    end: int
     admitted: bool = False
     hits: bool = False
     reused: tuple[Block | Shared, ...] = ()
 
     @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
+    def num_tokens(self) -> int:
+        return self.end - self.start
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +63,16 @@ def schedule(state: EngineState) -> Batch | None:
     then prefill chunks of running sequences; then the waiting ones are admitted, in order.
     """
     plan = _Plan(state)
-    running = state.running
-    for sequence in running:
-        if sequence.remaining == 1:
+    behind: list[Sequence] = []
+    for sequence in state.running:
+        if sequence.tokens.length == sequence.num_computed + 1:
             plan.go_on(sequence)
         else:
+            behind.append(sequence)
             plan.promised += plan.lacks(sequence, sequence.num_computed)
     plan.promised = 0
-    for sequence in running:
-        if sequence.remaining > 1:
-            plan.promised += plan.lacks(sequence, plan.go_on(sequence))
+    for sequence in behind:
+        plan.promised += plan.lacks(sequence, plan.go_on(sequence))
     if not plan.preempted:
         for sequence in state.waiting:
             if not plan.admit(sequence):
@@ -102,7 +102,7 @@ class _Plan:
 
     def lacks(self, sequence: Sequence, end: int) -> int:
         """Blocks that a sequence computed up to `end` needs for the rest of its tokens."""
-        return self._num_blocks(len(sequence.tokens)) - self._num_blocks(end)
+        return self._num_blocks(sequence.tokens.length) - self._num_blocks(end)
 
     def go_on(self, sequence: Sequence) -> int:
         """Schedule the next chunk of a running sequence, preempting later ones if it takes that.
@@ -112,16 +112,28 @@ class _Plan:
         start = sequence.num_computed
         if not self.budget or id(sequence) in self.settled:
             return start
+        end, size, branches = start + 1, self.block_size, self.pool.branches
+        if (
+            start % size
+            and end % size
+            and end == sequence.tokens.length
+            and not (branches.length and sequence.table.blocks[-1].index in branches)
+        ):
+            # By far the most common: one slot more of a block that is the sequence's own.
+            self.scheduled.append(Scheduled(sequence, start, end))
+            self.settled.add(id(sequence))
+            self.budget -= 1
+            return end
         while not (room := self._room(sequence)):
             victim = self._victim(sequence)
             if victim is None:
                 return start
             self.settled.add(id(victim))
             self.preempted.append(victim)
-            self.pool = self.pool.release(reversed(victim.table.blocks))
-        chunk = min(self._chunk(sequence.remaining), room)
-        self._add(Scheduled(sequence, start, chunk), sequence.table.blocks)
-        return start + chunk
+            self.pool = self.pool.release(victim.table.blocks)
+        end = start + min(self._chunk(sequence.remaining), room)
+        self._add(Scheduled(sequence, start, end), sequence.table.blocks)
+        return end
 
     def admit(self, sequence: Sequence) -> bool:
         """Schedule the first chunk of a waiting sequence; False: neither it nor any after it, for now."""
@@ -131,17 +143,16 @@ class _Plan:
         if sibling is _WAIT:
             return True  # it will find the prompt computed; those behind it need not wait for that
         start, blocks = self._hits(sequence) if sibling is None else sibling
-        pool = self.pool
-        for block in blocks:
-            if isinstance(block, Block):  # the others are counted with their donor
-                pool = pool.hold(block)
+        # Blocks that this batch computes are counted with their donor.
+        pool = self.pool.hold([block for block in blocks if isinstance(block, Block)])
         # Room for all of it: to admit what cannot be finished would only be to preempt it again.
-        length = len(sequence.tokens)
+        length = sequence.tokens.length
         fresh = self._num_blocks(length) - len(blocks) + bool(start % self.block_size)
         if fresh > pool.available - self.promised:
             return False
         self.pool = pool
-        item = Scheduled(sequence, start, self._chunk(length - start), True, sibling is None, blocks)
+        end = start + self._chunk(length - start)
+        item = Scheduled(sequence, start, end, True, sibling is None, blocks)
         self._add(item, blocks)
         self.num_running += 1
         self.promised += self.lacks(sequence, item.end)
@@ -166,9 +177,10 @@ class _Plan:
 
     def _add(self, item: Scheduled, blocks: tuple[Block | Shared, ...]) -> None:
         size, sequence = self.block_size, item.sequence
-        tail = blocks[-1] if item.start % size else None
-        if isinstance(tail, Block) and self.pool.shared(tail):
-            self.pool = self.pool.release((tail,)).take(1)
+        if item.start % size and self.pool.branches.length:
+            own = [block for block in blocks if isinstance(block, Block)]
+            if self.pool.shared(own[-1]):
+                self.pool = self.pool.part(own)
         if (fresh := self._num_blocks(item.end) - len(blocks)) > 0:
             self.pool = self.pool.take(fresh)
         for number in range(item.start // size, min(item.end // size, len(sequence.digests))):
@@ -188,12 +200,9 @@ class _Plan:
 
     def _hits(self, sequence: Sequence) -> Reuse:
         """The longest chain of full blocks, cached or coming, short of the last token."""
-        scored = len(sequence.prompt_logprobs) + 1
-        if sequence.scores_prompt and scored < sequence.origin.num_prompt:
-            return 0, ()  # every prompt position has to be computed to be scored
         size, parent = self.block_size, ROOT
         blocks: list[Block | Shared] = []
-        for number in range(min(len(sequence.digests), (len(sequence.tokens) - 1) // size)):
+        for number in range(min(len(sequence.digests), sequence.reusable // size)):
             digest = sequence.digests[number]
             tokens = sequence.tokens[number * size : (number + 1) * size]
             block = self.pool.lookup(digest, parent, tokens) or self._coming(digest, parent, tokens)
@@ -219,7 +228,7 @@ class _Plan:
         """
         if not sequence.origin.sample or sequence.num_output:
             return None
-        size, shared = self.block_size, sequence.origin.num_prompt - 1
+        size, shared = self.block_size, sequence.tokens.length - 1
         siblings = [s for s in self.state.running if s.id == sequence.id and id(s) not in self.settled]
         batch = [(n, s) for n, s in enumerate(self.scheduled) if s.sequence.id == sequence.id]
         siblings += [s.sequence for _, s in batch]

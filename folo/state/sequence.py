@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from folo.detokenize import TextState
 from folo.request import Request
+from folo.state.evolve import evolve
 from folo.state.heap import Block
 from folo.state.log import Log
 
@@ -23,6 +24,16 @@ class BlockTable:
     def of(blocks: tuple[Block, ...]) -> BlockTable:
         return BlockTable(blocks, np.array([block.index for block in blocks], "<i4").tobytes())
 
+    def first(self, count: int) -> BlockTable:
+        """The table of the first `count` blocks, at most all."""
+        if count >= len(self.blocks):
+            return self
+        return BlockTable(self.blocks[:count], self.packed[: 4 * count])
+
+    def extended(self, new: list[Block]) -> BlockTable:
+        packed = b"".join([block.index.to_bytes(4, "little") for block in new])
+        return BlockTable((*self.blocks, *new), self.packed + packed)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -33,26 +44,34 @@ class TokenLogprobs:
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
 
+    def of(self, token: int) -> TokenLogprobs | None:
+        """The scores of the same position with `token` there, if it is one of the most likely ones."""
+        if token not in self.top_ids:
+            return None
+        logprob = self.top_logprobs[self.top_ids.index(token)]
+        rank = 1 + sum(other > logprob for other in self.top_logprobs)
+        return TokenLogprobs(logprob, rank, self.top_ids, self.top_logprobs)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Origin:
-    """What never changes about a sequence."""
+    """What never changes about a sequence. Positions are absolute: the prompt's first token is at 0."""
 
     request: Request
     arrival: int  # counts the requests of a state
-    sample: int
+    sample: int  # which of the request's samples this is
+    stream: int  # the sample index that its random numbers are drawn with
     seed: int
     packed_sampling: bytes  # one folo.inputs.SAMPLING
     stop_ids: frozenset[int]  # end-of-sequence included, unless ignored
-    max_tokens: int  # output tokens at most, the model's length included
+    num_prompt: int
+    max_length: int  # the sequence ends at this many tokens
+    scored_from: int  # the positions of which scores are kept; none if the range is empty
+    scored_to: int
     lineage: tuple[tuple[str, int, int], ...] = ()
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sequence:
     """`num_computed` of the tokens have their K and V in the table; the rest is to be caught up with."""
 
@@ -61,11 +80,10 @@ class Sequence:
     num_computed: int
     table: BlockTable
     digests: Log[bytes]  # of the full blocks among the tokens; empty without prefix caching
-    logprobs: Log[TokenLogprobs]  # of the output tokens, where asked for
-    prompt_logprobs: Log[TokenLogprobs]  # from the second prompt token on, where asked for
+    scores: Log[TokenLogprobs]  # of the positions from origin.scored_from on, without a gap
     text: TextState | None  # kept up to date only where stop strings need it
-    cumulative_logprob: float = 0.0
-    num_cached: int | None = None  # prompt tokens found in the prefix cache; None before admission
+    cumulative_logprob: float = 0.0  # of the scored output tokens
+    num_cached: int | None = None  # tokens whose K and V were there at first; None before admission
     preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -76,17 +94,37 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
-        return len(self.tokens) - self.origin.num_prompt
+        return self.tokens.length - self.origin.num_prompt
 
     @property
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled."""
-        return len(self.tokens) - self.num_computed
+        return self.tokens.length - self.num_computed
 
     @property
-    def scores_prompt(self) -> bool:
-        """Prompt logprobs are the same for all samples: the first one computes them."""
-        return self.origin.sample == 0 and self.origin.request.sampling.prompt_logprobs is not None
+    def unscored(self) -> range:
+        """The positions of tokens that still have to be scored."""
+        origin = self.origin
+        return range(origin.scored_from + self.scores.length, min(self.tokens.length, origin.scored_to))
+
+    @property
+    def reusable(self) -> int:
+        """How many tokens may have their K and V taken over: the logits after the last one are wanted,
+        and so are those before each token that is to be scored."""
+        unscored = self.unscored
+        return (unscored.start if unscored else self.tokens.length) - 1
+
+    @property
+    def prompt_scores(self) -> list[TokenLogprobs]:
+        """Of the prompt's tokens from the second on, so far; empty if the request did not ask."""
+        origin = self.origin
+        return self.scores[: max(0, origin.num_prompt - origin.scored_from)]
+
+    @property
+    def output_scores(self) -> list[TokenLogprobs]:
+        """Of the output's tokens so far; empty if the request did not ask."""
+        origin = self.origin
+        return self.scores[max(0, origin.num_prompt - origin.scored_from) :]
 
     @property
     def output_ids(self) -> list[int]:
@@ -101,7 +139,7 @@ class Sequence:
 
     def vacate(self) -> Sequence:
         """Without blocks: everything is to be computed again."""
-        return replace(self, num_computed=0, table=BlockTable())
+        return evolve(self, num_computed=0, table=BlockTable())
 
     def ended(self, reason: str, stop_reason: int | str | None) -> Sequence:
-        return replace(self.vacate(), finish_reason=reason, stop_reason=stop_reason)
+        return evolve(self.vacate(), finish_reason=reason, stop_reason=stop_reason)

@@ -1,0 +1,288 @@
+"""How a request begins in the middle of another: fork it, or extend it by its next turn."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence as Items
+from dataclasses import replace
+from typing import Any
+
+from folo import detokenize
+from folo.detokenize import TextState
+from folo.errors import RequestError
+from folo.inputs import pack_sampling
+from folo.request import Request
+from folo.state.engine import EngineState, Held
+from folo.state.evolve import evolve
+from folo.state.lifecycle import check_vocabulary, origin_of
+from folo.state.log import Log
+from folo.state.pool import extend_digests
+from folo.state.queues import queued
+from folo.state.sequence import BlockTable, Origin, Sequence, TokenLogprobs
+
+
+def fork(
+    state: EngineState,
+    id: str,
+    children: Items[str],
+    sample: int = 0,
+    keep: int | None = None,
+    append: Items[int] | Items[Items[int]] | None = None,
+    seeds: Items[int | None] | None = None,
+) -> EngineState:
+    """New requests that begin as copies of one sample of a request; that one stays as it is.
+
+    A child shares its parent's blocks; nothing is copied until one of them writes where the other
+    reads, and then at most one block. It has the parent's sampling parameters, with n = 1; what they
+    count (max_tokens, min_tokens, penalties) they go on counting.
+
+    Args:
+        id: the parent, whether it waits, runs or has finished.
+        children: the ids of the new requests.
+        sample: which sample of the parent.
+        keep: how many of its tokens a child keeps, the prompt's included; None: all.
+        append: token ids that are forced to follow: one list for all children, or a list for each.
+            They are output tokens; they stop nothing, and have logprobs where the request wants them.
+        seeds: one for each child; None, for one or all: the parent's random stream goes on.
+
+    Raises:
+        RequestError: no such request or sample; an id that is taken; a `keep` that is not between
+            the prompt and the whole; a token outside the vocabulary; no room left for output.
+    """
+    parent = _sample(state, id, sample)
+    num_prompt, length = parent.origin.num_prompt, parent.tokens.length
+    keep = length if keep is None else keep
+    if not isinstance(keep, int) or not num_prompt <= keep <= length:
+        raise RequestError(
+            f"fork of {id!r}: keep={keep!r}, but it counts tokens with the prompt: {num_prompt} (the prompt) "
+            f"to {length} (all)"
+        )
+    if isinstance(children, str) or not children or len(set(children)) != len(children):
+        raise RequestError(f"fork of {id!r}: children={children!r} is not a list of different ids")
+    for child in children:
+        if not isinstance(child, str) or not child or child in state.requests or child in state.finished:
+            raise RequestError(f"fork of {id!r}: the id {child!r} is empty, no string, or taken already")
+    forced = _forced(state, id, append, len(children))
+    seeds = [None] * len(children) if seeds is None else seeds
+    if len(seeds) != len(children):
+        raise RequestError(f"fork of {id!r}: {len(seeds)} seeds for {len(children)} children")
+    stem = _stem(state, parent, keep)
+    running, waiting, pool, requests = list(state.running), [], state.pool, state.requests
+    for number, (child, tokens, seed) in enumerate(zip(children, forced, seeds, strict=True)):
+        arrival = state.arrivals + number
+        sequence = _child(
+            state, parent, stem, _child_origin(parent.origin, child, arrival, keep, seed), tokens
+        )
+        requests = requests.set(child, Held(sequence.origin.request, arrival, num_samples=1))
+        if sequence.num_computed and len(running) < state.scheduler.max_num_seqs:
+            running.append(sequence)
+            pool = pool.hold(sequence.table.blocks)
+        else:
+            waiting.append(sequence.vacate())
+    born = running[len(state.running) :]
+    return evolve(
+        state,
+        running=queued(state, state.running, born) if born else state.running,
+        waiting=queued(state, state.waiting, waiting) if waiting else state.waiting,
+        requests=requests,
+        pool=pool,
+        arrivals=state.arrivals + len(children),
+    )
+
+
+def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
+    """The next turn of a conversation: prompt, output and `token_ids` become the prompt of a new output.
+
+    A running request is cut off where it is and keeps its K and V; one that has ended waits in the
+    queue again and finds what the prefix cache still has of it. Sampling parameters, seed and
+    lineage stay; `max_tokens` counts anew.
+
+    Raises:
+        RequestError: no such request; several samples (fork the one to go on with); no token ids, or
+            one outside the vocabulary; no room left for output under max_model_len.
+    """
+    held = state.held(id)
+    if held.num_samples > 1:
+        raise RequestError(f"request {id!r} has {held.num_samples} samples: fork the one to go on with")
+    before, new = _sample(state, id, 0), _ids(state, f"extend of {id!r}", token_ids)
+    if not new:
+        raise RequestError(f"extend of {id!r}: no token ids; give at least one")
+    tokens = before.tokens.extend(new)
+    if tokens.length >= state.max_model_len:
+        raise RequestError(
+            f"extend of {id!r}: {tokens.length} tokens leave no room for output under "
+            f"max_model_len={state.max_model_len}"
+        )
+    request = evolve(held.request, prompt_token_ids=tuple(tokens), prompt=None)
+    ended = before.finish_reason is not None
+    arrival, seed, stream = (
+        state.arrivals if ended else held.arrival,
+        before.origin.seed,
+        before.origin.stream,
+    )
+    origin = origin_of(state, request, arrival, seed, 0, stream, before.origin.lineage)
+    text = None
+    if request.sampling.stop:
+        skip = request.sampling.skip_special_tokens
+        text = detokenize.begin(state.tokenizer, request.prompt_token_ids, skip)
+    # Scores of what was the prompt stay; what was output becomes prompt, which the model scores alone.
+    scored = origin.scored_from < origin.num_prompt
+    scores = before.scores.first(len(before.prompt_scores)) if scored else Log[TokenLogprobs]()
+    sequence = evolve(
+        before,
+        origin=origin,
+        tokens=tokens,
+        digests=_digests(state, before.digests, tokens, request),
+        scores=scores,
+        text=text,
+        cumulative_logprob=0.0,
+        num_cached=None,
+        finish_reason=None,
+        stop_reason=None,
+    )
+    sequence = _caught_up(state, sequence)
+    pool = state.pool
+    if sequence.table is not before.table:
+        pool = pool.hold(sequence.table.blocks).release(before.table.blocks)
+    others = [s for s in state.running if s is not before], [s for s in state.waiting if s is not before]
+    runs = bool(sequence.num_computed)
+    return evolve(
+        state,
+        running=queued(state, others[0], [sequence] if runs else ()),
+        waiting=queued(state, others[1], () if runs else [sequence]),
+        requests=state.requests.set(id, Held(request, arrival, num_samples=1)),
+        finished=state.finished.delete(id) if ended else state.finished,
+        pool=pool,
+        arrivals=state.arrivals + ended,
+    )
+
+
+def _sample(state: EngineState, id: str, sample: int) -> Sequence:
+    held = state.held(id)
+    for group in (state.running, state.waiting, held.ended):
+        for sequence in group:
+            origin = sequence.origin
+            if origin.request is held.request and origin.sample == sample:
+                return sequence
+    raise RequestError(f"request {id!r} has no sample {sample!r}: it has {held.num_samples}, from 0 on")
+
+
+def _ids(state: EngineState, what: str, token_ids: Items[int]) -> list[int]:
+    try:
+        ids = [operator.index(token) for token in token_ids]
+    except TypeError as error:
+        raise RequestError(f"{what}: token ids must be ints ({error})") from None
+    check_vocabulary(state, what, ids)
+    return ids
+
+
+def _forced(state: EngineState, id: str, append: Any, count: int) -> list[list[int]]:
+    what = f"fork of {id!r}"
+    lists = [] if append is None else list(append)
+    if not lists or not hasattr(lists[0], "__iter__"):
+        return [_ids(state, what, lists)] * count
+    if len(lists) != count:
+        raise RequestError(f"{what}: {len(lists)} lists to append for {count} children")
+    return [_ids(state, what, ids) for ids in lists]
+
+
+def _stem(state: EngineState, parent: Sequence, keep: int) -> Sequence:
+    """The parent's first `keep` tokens, with what is known of them."""
+    origin = parent.origin
+    whole = keep == parent.tokens.length and parent.finish_reason is None
+    text = parent.text if whole else _text(state, parent, keep)
+    scores, total = parent.scores.first(max(0, keep - origin.scored_from)), parent.cumulative_logprob
+    if scores.length < parent.scores.length:
+        total = 0.0
+        for score in scores[max(0, origin.num_prompt - origin.scored_from) :]:
+            total += score.logprob
+    computed = min(parent.num_computed, keep)
+    return evolve(
+        parent,
+        tokens=parent.tokens.first(keep),
+        num_computed=computed,
+        digests=parent.digests.first(keep // state.cache.block_size),
+        scores=scores,
+        text=text,
+        cumulative_logprob=total,
+        num_cached=None,
+        preemptions=0,
+        finish_reason=None,
+        stop_reason=None,
+    )
+
+
+def _text(state: EngineState, parent: Sequence, keep: int) -> TextState | None:
+    if parent.text is None:
+        return None
+    prompt, skip = parent.origin.request.prompt_token_ids, parent.text.skip_special_tokens
+    text = detokenize.begin(state.tokenizer, prompt, skip)
+    return detokenize.advance(state.tokenizer, text, parent.tokens[parent.origin.num_prompt : keep])
+
+
+def _child_origin(parent: Origin, id: str, arrival: int, keep: int, seed: int | None) -> Origin:
+    request, params = parent.request, parent.request.sampling
+    if params.n > 1 or params.best_of is not None:
+        alone = replace(params, n=1, best_of=None if params.best_of is None else 1)
+        request = evolve(request, sampling=alone)
+    lineage = (*parent.lineage, (request.id, keep, parent.seed if seed is None else seed))
+    request = evolve(request, id=id)
+    origin = evolve(parent, request=request, arrival=arrival, sample=0, lineage=lineage)
+    if params.prompt_logprobs is not None:  # of several samples, only the first one scores the prompt
+        origin = evolve(origin, scored_from=1)
+    if seed is None:
+        return origin
+    seed = replace(params, seed=seed).seed  # checks its range
+    assert seed is not None
+    return evolve(origin, seed=seed, stream=0, packed_sampling=pack_sampling(request.sampling, seed, 0))
+
+
+def _child(
+    state: EngineState, parent: Sequence, stem: Sequence, origin: Origin, forced: list[int]
+) -> Sequence:
+    sequence, request = evolve(stem, origin=origin), origin.request
+    if origin.scored_from < stem.origin.scored_from:
+        sequence = evolve(sequence, scores=Log[TokenLogprobs](), cumulative_logprob=0.0)
+    if forced:
+        tokens = stem.tokens.extend(forced)
+        text = stem.text
+        if text is not None:
+            text = detokenize.advance(state.tokenizer, text, forced)
+        digests = _digests(state, stem.digests, tokens, request)
+        sequence = evolve(sequence, tokens=tokens, digests=digests, text=text)
+        sequence = _scored(sequence, parent, stem.tokens.length)
+    if sequence.tokens.length >= origin.max_length:
+        raise RequestError(
+            f"fork of {parent.id!r}: {sequence.tokens.length} tokens leave no room for output: max_tokens "
+            f"and max_model_len end it at {origin.max_length}; keep fewer"
+        )
+    return _caught_up(state, sequence)
+
+
+def _scored(sequence: Sequence, parent: Sequence, position: int) -> Sequence:
+    """With the scores of the first forced token, if the parent's row for its position shows them."""
+    at = position - parent.origin.scored_from
+    if sequence.unscored.start != position or not sequence.unscored or at >= parent.scores.length:
+        return sequence
+    token, row = sequence.tokens[position], parent.scores[at]
+    scores = row if parent.tokens[position] == token else row.of(token)
+    if scores is None:
+        return sequence
+    total = sequence.cumulative_logprob + scores.logprob
+    return evolve(sequence, scores=sequence.scores.append(scores), cumulative_logprob=total)
+
+
+def _digests(state: EngineState, digests: Log[bytes], tokens: Log[int], request: Request) -> Log[bytes]:
+    if not state.cache.enable_prefix_caching:
+        return digests
+    return extend_digests(digests, tokens, state.cache.block_size, request.cache_salt)
+
+
+def _caught_up(state: EngineState, sequence: Sequence) -> Sequence:
+    """With as much of the table as the tokens allow: what has to be computed again is left out."""
+    computed = min(sequence.num_computed, sequence.reusable)
+    if not computed:
+        return evolve(sequence, num_computed=0, table=BlockTable())
+    table = sequence.table.first(-(-computed // state.cache.block_size))
+    cached = computed if sequence.num_cached is None else sequence.num_cached
+    return evolve(sequence, num_computed=computed, table=table, num_cached=cached)

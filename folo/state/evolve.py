@@ -1,0 +1,22 @@
+"""A frozen dataclass with some of its fields changed."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_new = object.__new__
+
+
+def evolve(value: T, **changes: Any) -> T:
+    """`dataclasses.replace` for values without slots or __post_init__, at a fifth of its cost.
+
+    A step changes every running sequence, so this is what a step's host time is made of. Nothing is
+    validated: it is for fields that the state's own transitions computed.
+    """
+    changed = _new(type(value))
+    fields = changed.__dict__
+    fields.update(value.__dict__)
+    fields.update(changes)
+    return changed
