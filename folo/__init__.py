@@ -15,6 +15,7 @@ from folo.errors import (
     OutOfBlocksError,
     ParamsMismatchError,
     RequestError,
+    RestoreError,
     StaleBatchError,
 )
 from folo.llm import LLM
@@ -28,7 +29,11 @@ from folo.state.check import check
 from folo.state.engine import EngineState, init
 from folo.state.lifecycle import abort, collect, finish, submit
 from folo.state.outputs import has_unfinished, outputs
+from folo.state.rebind import rebind, reconfigure
+from folo.state.restore import restore
+from folo.state.save import save
 from folo.state.schedule import Batch, schedule
+from folo.state.stats import Stats, stats
 from folo.step import Tokens, step
 
 __version__ = "0.1.0"
@@ -53,9 +58,11 @@ __all__ = [
     "Request",
     "RequestError",
     "RequestOutput",
+    "RestoreError",
     "SamplingParams",
     "SchedulerConfig",
     "StaleBatchError",
+    "Stats",
     "Tokens",
     "abort",
     "check",
@@ -69,8 +76,13 @@ __all__ = [
     "load_tokenizer",
     "model",
     "outputs",
+    "rebind",
+    "reconfigure",
+    "restore",
     "sampling",
+    "save",
     "schedule",
+    "stats",
     "step",
     "submit",
 ]

@@ -29,5 +29,9 @@ class OutOfBlocksError(FoloError, MemoryError):
     """The KV heap has no free block left: states that the caller still holds pin them all."""
 
 
+class RestoreError(FoloError):
+    """A saved state is missing, damaged, of another version, or cannot go on here with the same bits."""
+
+
 class IntegrityError(FoloError, AssertionError):
     """`folo.check` found a state whose parts contradict each other: a defect of folo, please report it."""

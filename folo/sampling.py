@@ -41,6 +41,24 @@ Transform = Callable[[Tensor, Context], Tensor]
 _NO_CONTEXT = Context()
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A transform with a name, by which a saved state refers to it: `restore(..., transforms={name: fn})`."""
+
+    name: str
+    transform: Transform
+
+    def __call__(self, logits: Tensor, context: Context) -> Tensor:
+        return self.transform(logits, context)
+
+
+def named(name: str, transform: Transform) -> Named:
+    """The transform under a name, so that states with requests that use it can be saved."""
+    if not isinstance(name, str) or not name or not callable(transform):
+        raise RequestError(f"named({name!r}, {transform!r}) takes a non-empty string and a function")
+    return Named(name, transform)
+
+
 class RowTransform(Protocol):
     """A `Transform` made here: it takes [..., V] as well, rows of one context, and can go without one."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -51,6 +53,15 @@ class Params:
     @property
     def device(self) -> torch.device:
         return self.embed.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the architecture and every weight's name, dtype, shape and bytes. Reads them all."""
+        digest = sha256(repr(self.config).encode())
+        for path, leaf in pytree.tree_leaves_with_path(self):
+            digest.update(f"{pytree.keystr(path)} {leaf.dtype} {tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @property
     def num_parameters(self) -> int:

@@ -17,6 +17,7 @@ from folo.state.pool import Pool
 from folo.state.sequence import Sequence
 
 if TYPE_CHECKING:
+    from folo.model.config import DecoderConfig
     from folo.model.params import Params
 
 # Steps whose blocks may be in the air at once: the one being computed, while its source is held.
@@ -33,7 +34,7 @@ class Held:
     ended: tuple[Sequence, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Counters:
     """What has happened in this state's history. Tokens, except where named otherwise."""
 
@@ -109,32 +110,19 @@ def init(
     config = params.config
     block_bytes = 2 * config.num_layers * cache.block_size * config.num_kv_heads * config.head_dim
     block_bytes *= params.dtype.itemsize
-    chunk_blocks = -(-scheduler.max_num_batched_tokens // cache.block_size)
-    margin = _IN_FLIGHT * (chunk_blocks + 2 * scheduler.max_num_seqs) + cache.reserve_blocks
+    spare = margin(cache, scheduler)
     num_blocks = cache.num_blocks
     if num_blocks is None:
         memory = _heap_bytes(cache, params.device)
-        num_blocks = memory // block_bytes - margin
+        num_blocks = memory // block_bytes - spare
         if num_blocks < 1:
             raise ConfigError(
                 f"{memory / 2**30:.2f} GiB hold {memory // block_bytes} blocks of {block_bytes / 2**20:.2f} "
-                f"MiB, of which {margin} are kept for steps in flight; raise kv_cache_gib (CPU) or "
+                f"MiB, of which {spare} are kept for steps in flight; raise kv_cache_gib (CPU) or "
                 f"gpu_memory_utilization (CUDA), or lower max_num_seqs, max_num_batched_tokens or block_size"
             )
-    capacity = num_blocks * cache.block_size
-    longest = scheduler.max_model_len
-    if longest is None:
-        longest = min(config.max_position_embeddings, capacity)
-    elif longest > config.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len={longest} exceeds the model's {config.max_position_embeddings} positions"
-        )
-    elif longest > capacity:
-        raise ConfigError(
-            f"max_model_len={longest} exceeds the {capacity} tokens that num_blocks={num_blocks} of "
-            f"{cache.block_size} hold; raise num_blocks or lower max_model_len"
-        )
-    shape = (config.num_layers, num_blocks + margin, cache.block_size, config.num_kv_heads, config.head_dim)
+    longest = longest_sequence(config, cache, scheduler, num_blocks)
+    shape = (config.num_layers, num_blocks + spare, cache.block_size, config.num_kv_heads, config.head_dim)
     return EngineState(
         running=(),
         waiting=(),
@@ -151,6 +139,31 @@ def init(
         heap=KVHeap(shape, params.dtype, params.device),
         tokenizer=tokenizer,
     )
+
+
+def margin(cache: CacheConfig, scheduler: SchedulerConfig) -> int:
+    """Blocks of the heap beyond those that one state may use: for steps in flight, and the reserve."""
+    chunk = -(-scheduler.max_num_batched_tokens // cache.block_size)
+    return _IN_FLIGHT * (chunk + 2 * scheduler.max_num_seqs) + cache.reserve_blocks
+
+
+def longest_sequence(
+    config: DecoderConfig, cache: CacheConfig, scheduler: SchedulerConfig, num_blocks: int
+) -> int:
+    """max_model_len, or what model and heap allow. Raises ConfigError if they allow less."""
+    capacity, longest = num_blocks * cache.block_size, scheduler.max_model_len
+    if longest is None:
+        return min(config.max_position_embeddings, capacity)
+    if longest > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len={longest} exceeds the model's {config.max_position_embeddings} positions"
+        )
+    if longest > capacity:
+        raise ConfigError(
+            f"max_model_len={longest} exceeds the {capacity} tokens that num_blocks={num_blocks} of "
+            f"{cache.block_size} hold; raise num_blocks or lower max_model_len"
+        )
+    return longest
 
 
 def _heap_bytes(cache: CacheConfig, device: torch.device) -> int:

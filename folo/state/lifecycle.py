@@ -157,6 +157,22 @@ def abort(state: EngineState, id: str) -> EngineState:
     return finish(state, id, "abort")
 
 
+def preempt(state: EngineState, count: int) -> EngineState:
+    """The last `count` of the running sequences give up their blocks and wait to be computed again."""
+    keep = len(state.running) - count
+    pool, victims = state.pool, state.running[keep:]
+    for victim in reversed(victims):
+        pool = pool.release(victim.table.blocks)
+    waiting = [evolve(victim.vacate(), preemptions=victim.preemptions + 1) for victim in victims]
+    return evolve(
+        state,
+        running=state.running[:keep],
+        waiting=queued(state, state.waiting, waiting),
+        pool=pool,
+        counters=evolve(state.counters, preemptions=state.counters.preemptions + count),
+    )
+
+
 def vacate(state: EngineState) -> EngineState:
     """The same requests and tokens without any K and V: all running sequences wait to be recomputed.
 

@@ -13,11 +13,12 @@ from folo.state.log import Log
 from folo.state.map import Map
 
 ROOT = b""  # the parent of a sequence's first block
+DIGEST_SIZE = 16  # bytes
 
 
 def block_digest(parent: bytes, token_ids: list[int], salt: str) -> bytes:
     """The content address of a full block: BLAKE2b over (parent's address, token ids, salt)."""
-    digest = blake2b(parent, digest_size=16, key=b"folo.kv", person=b"block")
+    digest = blake2b(parent, digest_size=DIGEST_SIZE, key=b"folo.kv", person=b"block")
     digest.update(pack(f"<{len(token_ids)}q", *token_ids))
     digest.update(salt.encode("utf-8", "surrogatepass"))
     return digest.digest()

@@ -1,0 +1,24 @@
+"""What decides the bits of the ops besides their inputs: kept with every run that is to be repeated."""
+
+from __future__ import annotations
+
+import torch
+
+
+def arithmetic(device: torch.device) -> dict[str, str]:
+    """Backend, instruction set or GPU model, and torch version. Equal ones compute equal bits."""
+    return {
+        "backend": "reference",
+        "instruction_set": _instruction_set(device),
+        "torch": torch.__version__,
+    }
+
+
+def _instruction_set(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    extensions = {
+        "bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+    }
+    return "+".join([torch.backends.cpu.get_cpu_capability(), *(n for n, has in extensions.items() if has)])

@@ -1,0 +1,184 @@
+"""A state from a file, in any process: verified, then goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from folo.config import CacheConfig
+from folo.errors import IntegrityError, ParamsMismatchError, RestoreError
+from folo.ops.arithmetic import arithmetic
+from folo.sampling import Transform
+from folo.state.check import check
+from folo.state.document import Document, configs_of, rebuild
+from folo.state.engine import EngineState, init
+from folo.state.evolve import evolve
+from folo.state.heap import Block, Content
+from folo.state.lifecycle import preempt, vacate
+from folo.state.map import Map
+from folo.state.pool import ROOT
+from folo.state.save import FORMAT, VERSION, checksum
+from folo.state.sequence import BlockTable
+
+if TYPE_CHECKING:
+    from folo.model.params import Params
+
+
+def restore(
+    params: Params,
+    path: str | os.PathLike[str],
+    cache: CacheConfig | None = None,
+    transforms: Mapping[str, Transform] | None = None,
+    recompute: bool = False,
+    tokenizer: Any = None,
+) -> EngineState:
+    """The state that `folo.save` wrote, over a new KV heap. Nothing in the file is ever executed.
+
+    Args:
+        params: the weights it was saved with.
+        cache: another heap. In a smaller one, cached blocks are dropped, then sequences preempted.
+        transforms: the logits processors that its requests refer to, by name.
+        recompute: drop all K and V, which are computed again here: on another instruction set or
+            backend (where the bits may differ from there on), or with another block size.
+        tokenizer: as for `folo.init`.
+
+    Raises:
+        RestoreError: the file is missing, truncated, altered or of an unknown version; it was written
+            under another instruction set, backend or torch; something that it needs was not given.
+        ParamsMismatchError: it was saved with other weights.
+        ConfigError: see `folo.init`.
+    """
+    metadata, tensors = _read(Path(path))
+    _compare(params, metadata, path, recompute)
+    document: Document = json.loads(tensors["document"].numpy().tobytes())
+    saved, scheduler = configs_of(document)
+    cache = saved if cache is None else cache
+    if cache.block_size != saved.block_size and not recompute:
+        raise RestoreError(
+            f"block_size={cache.block_size}, but the K and V of {path} lie in blocks of {saved.block_size}; "
+            f"keep that, or give recompute=True"
+        )
+    state = init(params, cache, scheduler, tokenizer, document["seed"])
+    tokens = _lists(tensors, "tokens", "token_start")
+    numbers = _lists(tensors, "tables", "table_start")
+    blocks = _stand_ins(tensors, state.cache.enable_prefix_caching)
+    tables = [BlockTable.of(tuple(blocks[n] for n in table)) for table in numbers]
+    state = rebuild(state, document, tokens, tables, transforms or {})
+    state = vacate(state) if recompute else _housed(_fitted(_pooled(state, blocks)), tensors)
+    try:
+        check(state)
+    except IntegrityError as error:
+        raise RestoreError(f"{path} contradicts itself: {error}") from error
+    return state
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file that is what it was when it was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.get("format") != FORMAT:
+                raise RestoreError(f"{path} is not a state that folo saved")
+            if metadata.get("version") != VERSION:
+                raise RestoreError(
+                    f"{path} has format version {metadata.get('version')!r}; this folo reads {VERSION!r}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise RestoreError(f"{path} cannot be read: {error}") from error
+    expected = metadata.pop("sha256", None)
+    if checksum(metadata, tensors) != expected:
+        raise RestoreError(f"{path} was altered or damaged: its SHA-256 differs from the one written with it")
+    return metadata, tensors
+
+
+def _compare(params: Params, metadata: Mapping[str, str], path: object, recompute: bool) -> None:
+    if metadata["params"] != params.fingerprint:
+        raise ParamsMismatchError(
+            f"{path} was saved with other weights (fingerprint {metadata['params'][:12]}..., these have "
+            f"{params.fingerprint[:12]}...): load those, in {metadata['dtype']}"
+        )
+    for name, value in arithmetic(params.device).items():
+        if metadata[name] != value and not recompute:
+            raise RestoreError(
+                f"{path} was saved under {name.replace('_', ' ')} {metadata[name]!r}, this is {value!r}: "
+                f"its K and V may differ in the last bits; recompute=True goes on with the bits of this one"
+            )
+
+
+def _lists(tensors: Mapping[str, Tensor], name: str, start: str) -> list[list[int]]:
+    flat, bounds = tensors[name].tolist(), tensors[start].tolist()
+    return [flat[begin:end] for begin, end in pairwise(bounds)]
+
+
+def _stand_ins(tensors: Mapping[str, Tensor], caching: bool) -> list[Block]:
+    """The file's blocks under the numbers that they have there, in no heap yet."""
+    filled = tensors["filled"].tolist()
+    blocks = [Block(number, []) for number in range(len(filled))]
+    for block, claimed in zip(blocks, filled, strict=True):
+        block.claimed = claimed
+    if caching:
+        digests = [row.numpy().tobytes() for row in tensors["cached_digest"]]
+        parents = tensors["cached_parent"].tolist()
+        numbers, token_ids = tensors["cached"].tolist(), tensors["cached_tokens"].tolist()
+        for number, digest, parent, ids in zip(numbers, digests, parents, token_ids, strict=True):
+            before = ROOT if parent < 0 else digests[parent]
+            blocks[number].content = Content(digest, before, tuple(ids))
+    return blocks
+
+
+def _pooled(state: EngineState, blocks: list[Block]) -> EngineState:
+    """With the accounting of all of the file's blocks: more, perhaps, than the capacity."""
+    held = {block.index for s in state.running for block in s.table.blocks}
+    pool, idle, released = state.pool, Map[int, int](), Map[int, Block]()
+    for clock, block in enumerate(blocks):
+        if block.content is not None:
+            pool = pool.insert(block, block.content)
+        if block.content is not None or block.index in held:
+            idle, released = idle.set(block.index, clock), released.set(clock, block)
+    pool = evolve(pool, idle=idle, released=released, clock=len(blocks))
+    for sequence in state.running:
+        pool = pool.hold(sequence.table.blocks)
+    return evolve(state, pool=pool)
+
+
+def _fitted(state: EngineState) -> EngineState:
+    """What is cached beyond the capacity goes; if that is not enough, the last sequences are preempted."""
+    while state.pool.used > state.pool.capacity:
+        state = preempt(state, 1)
+    return evolve(state, pool=state.pool.evict())
+
+
+def _housed(state: EngineState, tensors: Mapping[str, Tensor]) -> EngineState:
+    """With blocks of the state's heap in place of the stand-ins, and their K and V in it."""
+    heap, pool = state.heap, state.pool
+    alive = {block.index: block for s in state.running for block in s.table.blocks}
+    alive |= {block.index: block for _, block in pool.released.items()}
+    moved: dict[int, Block] = {}
+    for number, block in alive.items():
+        moved[number] = heap.allocate()
+        moved[number].claimed, moved[number].content = block.claimed, block.content
+    numbers, places = list(moved), [block.index for block in moved.values()]
+    for name, target in (("k", heap.k), ("v", heap.v)):
+        target[:, places] = tensors[name][:, numbers].to(target.device)
+    index, branches = Map[bytes, Block](), Map[int, int]()
+    idle, released = Map[int, int](), Map[int, Block]()
+    for digest, block in pool.index.items():
+        index = index.set(digest, moved[block.index])
+    for number, ways in pool.branches.items():
+        branches = branches.set(moved[number].index, ways)
+    for clock, block in pool.released.items():
+        idle, released = idle.set(moved[block.index].index, clock), released.set(clock, moved[block.index])
+    running = []
+    for sequence in state.running:
+        table = BlockTable.of(tuple(moved[block.index] for block in sequence.table.blocks))
+        running.append(evolve(sequence, table=table))
+    pool = evolve(pool, index=index, branches=branches, idle=idle, released=released)
+    return evolve(state, running=tuple(running), pool=pool)
