@@ -34,7 +34,7 @@ from folo.state.restore import restore
 from folo.state.save import save
 from folo.state.schedule import Batch, schedule
 from folo.state.stats import Stats, stats
-from folo.step import Tokens, step
+from folo.step import Tokens, compile, step
 
 __version__ = "0.1.0"
 
@@ -67,6 +67,7 @@ __all__ = [
     "abort",
     "check",
     "collect",
+    "compile",
     "extend",
     "finish",
     "fork",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from folo import ops
 from folo.inputs import NO_LOGPROBS, Inputs, Rows
-from folo.model.forward import attend_in_heap, hidden_states, logits
+from folo.model.forward import hidden_in_heap, layer_in_heap, logits
 from folo.model.params import Params
 from folo.ops.sampler import PURPOSE_DRAW
 
@@ -25,12 +26,11 @@ class Sampled:
     top_logprobs: Tensor | None
 
 
-def run(params: Params, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+def run(params: Params, k: Tensor, v: Tensor, inputs: Inputs, layer_function: Any = layer_in_heap) -> Tensor:
     """Write K and V of the step's tokens into the heap (in place) -> hidden states `[T, D]`."""
     if inputs.copy_source.numel():
         ops.copy_blocks(k, v, inputs.copy_source, inputs.copy_target)
-    attend = attend_in_heap(params.config, k, v, inputs)
-    return hidden_states(params, inputs.token_ids, inputs.positions, attend)
+    return hidden_in_heap(params, k, v, inputs, layer_function)
 
 
 def row_logits(params: Params, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from folo.model.config import DecoderConfig
 from folo.model.params import Layer, Linear, Params
 from folo.ops import reference
 
-# attend(layer index, layer, qkv [T, (Hq + 2 Hkv) E], angles [T, E]) -> [T, Hq E]
-Attend = Callable[[int, Layer, Tensor, Tensor], Tensor]
+# attend(layer, qkv [T, (Hq + 2 Hkv) E], angles [T, E]) -> [T, Hq E]
+Attend = Callable[[Layer, Tensor, Tensor], Tensor]
 
 _BLOCK = 16  # `forward` keeps K and V in blocks too: the attention op knows no other layout
 
@@ -28,23 +28,41 @@ def _linear(x: Tensor, weights: Linear, op: Any) -> Tensor:
 
 
 def hidden_states(
-    params: Params, token_ids: Tensor, positions: Tensor, attend: Attend, op: Any = ops
+    params: Params,
+    token_ids: Tensor,
+    positions: Tensor,
+    run_layer: Callable[[int, Layer, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    op: Any = ops,
 ) -> Tensor:
     """token_ids and positions int64 `[T]` -> the last layer's normalised hidden states `[T, D]`.
 
-    `op` holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
+    `run_layer` is `decoder_layer` from its second argument on, given the layer's number first. `op`
+    holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
     """
-    eps = params.config.rms_norm_eps
     angles = op.rope_angles(positions, _inv_freq(params.config, params.dtype, params.device))
     residual = params.embed[token_ids]
-    x = op.rms_norm(residual, params.layers[0].input_norm, eps)
+    x = op.rms_norm(residual, params.layers[0].input_norm, params.config.rms_norm_eps)
     following = (*(layer.input_norm for layer in params.layers[1:]), params.norm)
     for index, (layer, next_norm) in enumerate(zip(params.layers, following, strict=True)):
-        x = attend(index, layer, _linear(x, layer.qkv, op), angles)
-        x, residual = op.add_rms_norm(_linear(x, layer.out, op), residual, layer.post_norm, eps)
-        x = _linear(op.silu_mul(_linear(x, layer.gate_up, op)), layer.down, op)
-        x, residual = op.add_rms_norm(x, residual, next_norm, eps)
+        x, residual = run_layer(index, layer, next_norm, x, residual, angles)
     return x
+
+
+def decoder_layer(
+    attend: Attend,
+    layer: Layer,
+    next_norm: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    angles: Tensor,
+    eps: float,
+    op: Any = ops,
+) -> tuple[Tensor, Tensor]:
+    """x (normalised) and residual `[T, D]` -> those of the next layer, whose input norm is `next_norm`."""
+    x = attend(layer, _linear(x, layer.qkv, op), angles)
+    x, residual = op.add_rms_norm(_linear(x, layer.out, op), residual, layer.post_norm, eps)
+    x = _linear(op.silu_mul(_linear(x, layer.gate_up, op)), layer.down, op)
+    return op.add_rms_norm(x, residual, next_norm, eps)
 
 
 @torch.compiler.assume_constant_result
@@ -63,23 +81,44 @@ def logits(params: Params, hidden: Tensor, op: Any = ops) -> Tensor:
     return out if out.dtype == torch.float64 else out.float()
 
 
-def attend_in_heap(config: DecoderConfig, k: Tensor, v: Tensor, inputs: Inputs) -> Attend:
-    """Attention over the heap's blocks: write this step's K and V, then read the whole context.
+def layer_in_heap(
+    config: DecoderConfig,
+    layer: Layer,
+    next_norm: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    angles: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`decoder_layer` over the heap: write this step's K and V, then attend to the whole context.
 
-    k and v `[L, num_blocks, block_size, Hkv, E]` are written in place, at `inputs.slots` only.
+    k and v `[num_blocks, block_size, Hkv, E]` are written in place, at `slots` only. The unit that
+    is compiled: one graph serves all layers.
     """
-    scale = config.head_dim**-0.5
+    eps, scale = config.rms_norm_eps, config.head_dim**-0.5
 
-    def attend(index: int, layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
-        q = ops.qk_norm_rope_write(
-            qkv, angles, layer.q_norm, layer.k_norm, config.rms_norm_eps, k[index], v[index], inputs.slots
-        )
-        out = ops.paged_attention(
-            q, k[index], v[index], inputs.block_tables, inputs.query_start, inputs.seq_lens, scale
-        )
-        return out.flatten(1)
+    def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
+        q = ops.qk_norm_rope_write(qkv, angles, layer.q_norm, layer.k_norm, eps, k, v, slots)
+        return ops.paged_attention(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1)
 
-    return attend
+    return decoder_layer(attend, layer, next_norm, x, residual, angles, eps)
+
+
+def hidden_in_heap(
+    params: Params, k: Tensor, v: Tensor, inputs: Inputs, layer_function: Any = layer_in_heap
+) -> Tensor:
+    """`hidden_states` of a step's tokens over a heap of k and v `[L, num_blocks, block_size, Hkv, E]`."""
+    where = inputs.slots, inputs.block_tables, inputs.query_start, inputs.seq_lens
+
+    def run_layer(index: int, *args: Any) -> tuple[Tensor, Tensor]:
+        return layer_function(params.config, *args, k[index], v[index], *where)
+
+    return hidden_states(params, inputs.token_ids, inputs.positions, run_layer)
 
 
 def forward(params: Params, token_ids: Tensor) -> Tensor:
@@ -101,7 +140,7 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
     inputs = _one_sequence(token_ids.to(params.device, torch.int64))
     blocks = (inputs.block_tables.shape[1], _BLOCK, config.num_kv_heads, config.head_dim)
 
-    def attend_plain(index: int, layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
+    def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
         q, k, v = reference.qk_norm_rope(
             qkv, angles, layer.q_norm, layer.k_norm, config.rms_norm_eps, config.num_kv_heads
         )
@@ -110,12 +149,14 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
         tables, start, lens = inputs.block_tables, inputs.query_start, inputs.seq_lens
         return reference.paged_attention(q, k, v, tables, start, lens, config.head_dim**-0.5).flatten(1)
 
+    def run_layer(_: int, *args: Any) -> tuple[Tensor, Tensor]:
+        return decoder_layer(attend, *args, eps=config.rms_norm_eps, op=reference)
+
     if _differentiated(params):
-        hidden = hidden_states(params, inputs.token_ids, inputs.positions, attend_plain, reference)
+        hidden = hidden_states(params, inputs.token_ids, inputs.positions, run_layer, reference)
         return logits(params, hidden, reference)
     k, v = params.embed.new_zeros((2, config.num_layers, *blocks))
-    attend = attend_in_heap(config, k, v, inputs)
-    return logits(params, hidden_states(params, inputs.token_ids, inputs.positions, attend))
+    return logits(params, hidden_in_heap(params, k, v, inputs))
 
 
 def _one_sequence(token_ids: Tensor) -> Inputs:
