@@ -24,7 +24,10 @@ SAMPLING = np.dtype(
         ("sample_index", "<i8"),
         ("num_logprobs", "<i8"),  # of output tokens
         ("processed", "?"),  # whether those are of the processed logits
+        ("punished", "?"),  # by repetition, presence or frequency
         ("biased", "?"),  # by logit_bias or min_tokens
+        ("warped", "?"),  # by temperature, min-p, top-k or top-p
+        ("truncated", "?"),  # by top-k or top-p, which sort
     ]
 )
 NO_LOGPROBS = -1  # a row's num_logprobs if it wants none, not even its own token's
@@ -47,7 +50,10 @@ def pack_sampling(params: SamplingParams, seed: int, sample_index: int) -> bytes
     row["sample_index"] = sample_index
     row["num_logprobs"] = output_logprobs(params)
     row["processed"] = params.logprobs_mode == "processed"
+    row["punished"] = (row["repetition"], row["presence"], row["frequency"]) != (1, 0, 0)
     row["biased"] = bool(params.logit_bias) or params.min_tokens > 0
+    row["truncated"] = params.top_k > 0 or params.top_p < 1
+    row["warped"] = row["truncated"] or params.min_p > 0 or params.temperature not in (0, 1)
     return row.tobytes()
 
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from folo.errors import ConfigError, ParamsMismatchError, RequestError, StaleBatchError
-from folo.inputs import NO_LOGPROBS, Rows, output_logprobs
+from folo.inputs import NO_LOGPROBS, Inputs, Rows, output_logprobs
 from folo.model import device
 from folo.model.forward import layer_in_heap
 from folo.model.params import Params
 from folo.ops.sampler import NO_TOKEN
-from folo.sampling import Context, Transform
+from folo.sampling import Context
 from folo.state.advance import Results, advance
-from folo.state.bind import bind
+from folo.state.bind import Bound, bind
 from folo.state.engine import EngineState
-from folo.state.layout import Row, inputs_of, rows_of, tiles_of
+from folo.state.layout import Row, RowPlan, inputs_of, rows_of
 from folo.state.schedule import Batch
-from folo.state.sequence import TokenLogprobs
+from folo.state.sequence import Sequence, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -90,29 +90,50 @@ def _step(
         raise ParamsMismatchError(
             "this state belongs to other parameters: its K and V come from them; step it with those"
         )
-    bound = bind(batch)
-    rows = rows_of(batch.scheduled)
-    inputs = inputs_of(bound, rows, params.device)
+    prepared = prologue(batch)
+    inputs = prepared.inputs
     hidden = device.run(params, state.heap.k, state.heap.v, inputs, layer_function)
-    tiles = tiles_of(rows)
-    sampled = [_sample(params, hidden, *tile) for tile in zip(inputs.rows, tiles, strict=True)]
-    results = _to_host(sampled, tiles)
+    rows = prepared.rows
+    tiles = zip(inputs.rows, rows.tiles, strict=True)
+    return epilogue(prepared, [_sample(params, hidden, tile, rows, numbers) for tile, numbers in tiles])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch with all that the device function reads, and what its rows of logits are for."""
+
+    bound: Bound
+    rows: RowPlan
+    inputs: Inputs
+
+
+def prologue(batch: Batch) -> Prepared:
+    """The host's part before the device function. Raises OutOfBlocksError as `step` does."""
+    bound, rows = bind(batch), rows_of(batch.scheduled)
+    return Prepared(bound, rows, inputs_of(bound, rows, batch.state.params.device))
+
+
+def epilogue(prepared: Prepared, sampled: Items[device.Sampled]) -> tuple[EngineState, Tokens]:
+    """The host's part after it, given what each tile of rows came to. Raises RequestError as `step` does."""
+    rows = prepared.rows
+    results = _to_host(sampled, rows)
     _refuse_unsampled(rows, results.ids)
-    return advance(bound, rows, results), _tokens(rows, results)
+    return advance(prepared.bound, rows, results), _tokens(rows, results)
 
 
-def _sample(params: Params, hidden: Tensor, tile: Rows, rows: Items[Row]) -> device.Sampled:
+def _sample(params: Params, hidden: Tensor, tile: Rows, rows: RowPlan, numbers: range) -> device.Sampled:
     raw, processed = device.row_logits(params, hidden, tile)
-    own = [n for n, row in enumerate(rows) if _processors(row)]
+    own = [(place, rows[n]) for place, n in enumerate(numbers) if _has_processors(rows.sequences[n])]
+    own = [(place, row) for place, row in own if not row.of_prompt]
     if own:
         processed = processed.clone()
-        for n in own:
-            processed[n] = _transformed(processed[n], rows[n])
+        for place, row in own:
+            processed[place] = _transformed(processed[place], row)
     return device.sample(raw, processed, tile)
 
 
-def _processors(row: Row) -> Items[Transform]:
-    return () if row.of_prompt else row.sequence.origin.request.sampling.logits_processors
+def _has_processors(sequence: Sequence) -> bool:
+    return bool(sequence.origin.request.sampling.logits_processors)
 
 
 def _transformed(logits: Tensor, row: Row) -> Tensor:
@@ -135,13 +156,13 @@ def _transformed(logits: Tensor, row: Row) -> Tensor:
     return logits
 
 
-def _to_host(sampled: Items[device.Sampled], tiles: Items[Items[Row]]) -> Results:
+def _to_host(sampled: Items[device.Sampled], rows: RowPlan) -> Results:
     ids: list[int] = []
     scores: list[TokenLogprobs | None] = []
-    for tile, rows in zip(sampled, tiles, strict=True):
+    for tile, numbers in zip(sampled, rows.tiles, strict=True):
         ids += tile.ids.tolist()
         if tile.logprob is None or tile.rank is None or tile.top_ids is None or tile.top_logprobs is None:
-            scores += [None] * len(rows)
+            scores += [None] * len(numbers)
             continue
         columns = (
             tile.logprob.tolist(),
@@ -149,8 +170,8 @@ def _to_host(sampled: Items[device.Sampled], tiles: Items[Items[Row]]) -> Result
             tile.top_ids.tolist(),
             tile.top_logprobs.tolist(),
         )
-        for row, logprob, rank, top_ids, top_logprobs in zip(rows, *columns, strict=True):
-            k = _num_logprobs(row)
+        for n, logprob, rank, top_ids, top_logprobs in zip(numbers, *columns, strict=True):
+            k = _num_logprobs(rows[n])
             score = TokenLogprobs(logprob, rank, tuple(top_ids[:k]), tuple(top_logprobs[:k]))
             scores.append(None if k == NO_LOGPROBS else score)
     return Results(ids, scores)
@@ -161,24 +182,27 @@ def _num_logprobs(row: Row) -> int:
     return params.prompt_logprobs or 0 if row.of_prompt else output_logprobs(params)
 
 
-def _refuse_unsampled(rows: Items[Row], ids: Items[int]) -> None:
-    if NO_TOKEN not in ids:
-        return
-    for row, id in zip(rows, ids, strict=True):
-        if id == NO_TOKEN:
-            raise RequestError(
-                f"request {row.sequence.id!r}: no token can be sampled at position {row.position}: its "
-                f"logits hold NaN or inf, or every token is banned; abort it, and the others go on"
-            )
+def _refuse_unsampled(rows: RowPlan, ids: list[int]) -> None:
+    if NO_TOKEN in ids:
+        row = rows[ids.index(NO_TOKEN)]
+        raise RequestError(
+            f"request {row.sequence.id!r}: no token can be sampled at position {row.position}: its "
+            f"logits hold NaN or inf, or every token is banned; abort it, and the others go on"
+        )
 
 
-def _tokens(rows: Items[Row], results: Results) -> Tokens:
-    at = [n for n, row in enumerate(rows) if row.target < 0]
-    scores = [results.scores[n] for n in at]
-    values = [float("nan") if score is None else score.logprob for score in scores]
+def _tokens(rows: RowPlan, results: Results) -> Tokens:
+    ids, scores, origins = results.ids, results.scores, [s.origin for s in rows.sequences]
+    if max(rows.targets, default=-1) >= 0:  # some rows only score a token
+        at = [n for n, target in enumerate(rows.targets) if target < 0]
+        ids, scores, origins = [ids[n] for n in at], [scores[n] for n in at], [origins[n] for n in at]
+    logprobs = None
+    if any(scores):
+        values = [float("nan") if score is None else score.logprob for score in scores]
+        logprobs = torch.tensor(values, dtype=torch.float32)
     return Tokens(
-        ids=torch.tensor([results.ids[n] for n in at], dtype=torch.int64),
-        logprobs=torch.tensor(values, dtype=torch.float32) if any(s is not None for s in scores) else None,
-        request_ids=tuple(rows[n].sequence.id for n in at),
-        sample_indices=tuple(rows[n].sequence.origin.sample for n in at),
+        ids=torch.tensor(ids, dtype=torch.int64),
+        logprobs=logprobs,
+        request_ids=tuple([origin.request.id for origin in origins]),
+        sample_indices=tuple([origin.sample for origin in origins]),
     )

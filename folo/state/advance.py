@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Any
 
 from folo import detokenize
 from folo.state.bind import Bound
 from folo.state.engine import Counters, EngineState
-from folo.state.evolve import evolve
+from folo.state.evolve import draft, evolve
 from folo.state.heap import Content
-from folo.state.layout import Row
+from folo.state.layout import Row, RowPlan
 from folo.state.pool import ROOT, Pool, extend_digests
 from folo.state.queues import queued, settle
-from folo.state.schedule import Scheduled
 from folo.state.sequence import BlockTable, Sequence, TokenLogprobs
 
 
@@ -26,46 +24,54 @@ class Results:
     scores: list[TokenLogprobs | None]
 
 
-def advance(bound: Bound, rows: Items[Row], results: Results) -> EngineState:
+def advance(bound: Bound, rows: RowPlan, results: Results) -> EngineState:
     """The state after the step, with its tokens appended and its stop conditions applied."""
     batch = bound.batch
     state, size, caching = batch.state, batch.state.cache.block_size, batch.state.cache.enable_prefix_caching
-    pool = bound.pool
+    pool, numbers, targets = bound.pool, rows.numbers, rows.targets
     changed: dict[int, Sequence] = {}  # by id() of the sequence in the old state
     ended: list[Sequence] = []
     admitted: list[Sequence] = []
     hits = queries = at = 0
-    num_rows = len(rows)
-    for number, (item, table) in enumerate(zip(batch.scheduled, bound.tables, strict=True)):
-        before, start, end = item.sequence, item.start, item.end
-        if before.digests.length and end // size > start // size:
-            table, pool = _index(item, table, pool, size)
-        changes: dict[str, Any] = {"table": table, "num_computed": end}
-        if item.admitted:
-            if item.hits and caching:
+    for number, ((before, start, end, is_admitted, *rest), table) in enumerate(
+        zip(batch.scheduled, bound.tables, strict=True)
+    ):
+        if end // size > start // size and before.digests.length:
+            table, pool = _index(before, start, end, table, pool, size)
+        sequence, fields = draft(before)
+        fields["table"], fields["num_computed"] = table, end
+        if is_admitted:
+            if rest[0] and caching:  # the blocks are prefix hits
                 queries, hits = queries + before.tokens.length, hits + start
             if before.num_cached is None:
-                changes["num_cached"] = start
-        while at < num_rows and rows[at].number == number:
-            row, scores = rows[at], results.scores[at]
-            if scores is not None:
-                _score(before, row, scores, changes)
-            if row.target < 0:
-                _append(state, before, results.ids[at], changes)
+                fields["num_cached"] = start
+        while at < len(numbers) and numbers[at] == number:
+            if (scores := results.scores[at]) is not None:
+                _score(rows[at], scores, fields)
+            if targets[at] < 0:
+                token, origin = results.ids[at], before.origin
+                fields["tokens"] = tokens = before.tokens.append(token)
+                length = tokens.length
+                if caching and not length % size:
+                    fields["digests"] = extend_digests(
+                        before.digests, tokens, size, origin.request.cache_salt
+                    )
+                if token in origin.stop_ids or length >= origin.max_length or before.text is not None:
+                    fields.update(_stopped(state.tokenizer, before, token))
             at += 1
-        sequence = evolve(before, **changes)
         if sequence.finish_reason is not None:
-            pool = pool.release(sequence.table.blocks)
+            pool = pool.release(table.blocks)
             ended.append(sequence.ended(sequence.finish_reason, sequence.stop_reason))
-        elif item.admitted:
+        elif is_admitted:
             admitted.append(sequence)
         changed[id(before)] = sequence
     gone = {id(victim) for victim in batch.preempted}
     running = [changed.get(id(s), s) for s in state.running if id(s) not in gone]
     if ended:
         running = [s for s in running if s.finish_reason is None]
-    left = {id(item.sequence) for item in batch.scheduled if item.admitted}
-    waiting = tuple([s for s in state.waiting if id(s) not in left]) if left else state.waiting
+    waiting = state.waiting
+    if waiting:
+        waiting = tuple([s for s in waiting if id(s) not in changed])
     evicted = [evolve(victim.vacate(), preemptions=victim.preemptions + 1) for victim in batch.preempted]
     requests, finished = settle(state, ended)
     counters = state.counters
@@ -85,51 +91,40 @@ def advance(bound: Bound, rows: Items[Row], results: Results) -> EngineState:
     )
 
 
-def _index(item: Scheduled, table: BlockTable, pool: Pool, size: int) -> tuple[BlockTable, Pool]:
+def _index(
+    sequence: Sequence, start: int, end: int, table: BlockTable, pool: Pool, size: int
+) -> tuple[BlockTable, Pool]:
     """Enter the blocks that became full into the prefix index.
 
     Where the index has the same content already, the table takes the indexed block instead of its
     own, if it shares that with no other: the bits are the same.
     """
-    sequence, blocks = item.sequence, list(table.blocks)
-    for number in range(item.start // size, min(item.end // size, len(sequence.digests))):
+    blocks, swapped = list(table.blocks), False
+    for number in range(start // size, min(end // size, len(sequence.digests))):
         if number and not pool.cached(blocks[number - 1]):
             break  # should two contents ever have one digest, what follows the second stays out
         digest = sequence.digests[number]
         parent = sequence.digests[number - 1] if number else ROOT
         token_ids = sequence.tokens[number * size : (number + 1) * size]
-        mine, known = blocks[number], pool.lookup(digest, parent, token_ids)
+        mine, known = blocks[number], pool.index.get(digest)
         if known is None:
-            if digest not in pool.index:
-                mine.content = Content(digest, parent, tuple(token_ids))
-                pool = pool.insert(mine, mine.content)
+            mine.content = Content(digest, parent, tuple(token_ids))
+            pool = pool.insert(mine, mine.content)
         elif known is not mine:
+            if pool.lookup(digest, parent, token_ids) is None:
+                break  # another content of the same digest: that one stays
             if any(block.index in pool.branches for block in blocks[number:]):
                 break  # another table goes through here: a block has one predecessor
             pool = pool.hold([*blocks[:number], known]).release(blocks[: number + 1])
-            blocks[number] = known
-    if tuple(blocks) != table.blocks:
-        table = BlockTable.of(tuple(blocks))
-    return table, pool
+            blocks[number], swapped = known, True
+    return BlockTable.of(tuple(blocks)) if swapped else table, pool
 
 
-def _score(before: Sequence, row: Row, scores: TokenLogprobs, changes: dict[str, Any]) -> None:
+def _score(row: Row, scores: TokenLogprobs, fields: dict[str, Any]) -> None:
     """One position more has its scores."""
-    changes["scores"] = changes.get("scores", before.scores).append(scores)
+    fields["scores"] = fields["scores"].append(scores)
     if not row.of_prompt:
-        total = changes.get("cumulative_logprob", before.cumulative_logprob)
-        changes["cumulative_logprob"] = total + scores.logprob
-
-
-def _append(state: EngineState, before: Sequence, token: int, changes: dict[str, Any]) -> None:
-    """One token more, and what it stops."""
-    tokens, origin = before.tokens.append(token), before.origin
-    changes["tokens"] = tokens
-    if state.cache.enable_prefix_caching and not tokens.length % state.cache.block_size:
-        salt = origin.request.cache_salt
-        changes["digests"] = extend_digests(before.digests, tokens, state.cache.block_size, salt)
-    if token in origin.stop_ids or tokens.length >= origin.max_length or before.text is not None:
-        changes |= _stopped(state.tokenizer, before, token)
+        fields["cumulative_logprob"] += scores.logprob
 
 
 def _stopped(tokenizer: Any, sequence: Sequence, token: int) -> dict[str, Any]:

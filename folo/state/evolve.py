@@ -15,8 +15,14 @@ def evolve(value: T, **changes: Any) -> T:
     A step changes every running sequence, so this is what a step's host time is made of. Nothing is
     validated: it is for fields that the state's own transitions computed.
     """
-    changed = _new(type(value))
-    fields = changed.__dict__
-    fields.update(value.__dict__)
+    changed, fields = draft(value)
     fields.update(changes)
     return changed
+
+
+def draft(value: T) -> tuple[T, dict[str, Any]]:
+    """A copy of a value, and its fields to be changed before anyone else sees it."""
+    copy = _new(type(value))
+    fields = copy.__dict__
+    fields.update(value.__dict__)
+    return copy, fields

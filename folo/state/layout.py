@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -40,19 +41,50 @@ class Row(NamedTuple):
         return self.position < self.sequence.origin.num_prompt
 
 
-def rows_of(scheduled: Items[Scheduled]) -> list[Row]:
-    """The rows of logits that a step computes, in the order of its tokens."""
-    rows: list[Row] = []
-    first = 0
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """The rows of logits that a step computes, in the order of its tokens: the columns of `Row`."""
+
+    numbers: list[int]
+    sequences: list[Sequence]
+    hidden: list[int]
+    positions: list[int]
+    targets: list[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, n: int) -> Row:
+        return Row(self.numbers[n], self.sequences[n], self.hidden[n], self.positions[n], self.targets[n])
+
+    @property
+    def tiles(self) -> list[range]:
+        """The rows that are computed together, at most ROWS_PER_TILE."""
+        count = len(self)
+        return [range(n, min(n + ROWS_PER_TILE, count)) for n in range(0, count, ROWS_PER_TILE)]
+
+
+def rows_of(scheduled: Items[Scheduled]) -> RowPlan:
+    """What a step's logits are for."""
+    plan = RowPlan([], [], [], [], [])
+    numbers, sequences, hidden, positions = plan.numbers, plan.sequences, plan.hidden, plan.positions
+    targets, first = plan.targets, 0
     for number, (sequence, start, end, *_) in enumerate(scheduled):
         if sequence.origin.scored_to > sequence.origin.scored_from:
             for position in _scored(sequence, start, end):
-                target = sequence.tokens[position]
-                rows.append(Row(number, sequence, first + position - 1 - start, position, target))
+                numbers.append(number)
+                sequences.append(sequence)
+                hidden.append(first + position - 1 - start)
+                positions.append(position)
+                targets.append(sequence.tokens[position])
         first += end - start
         if end == sequence.tokens.length:
-            rows.append(Row(number, sequence, first - 1, end, _SAMPLE))
-    return rows
+            numbers.append(number)
+            sequences.append(sequence)
+            hidden.append(first - 1)
+            positions.append(end)
+            targets.append(_SAMPLE)
+    return plan
 
 
 def _scored(sequence: Sequence, start: int, end: int) -> range:
@@ -61,22 +93,18 @@ def _scored(sequence: Sequence, start: int, end: int) -> range:
     return range(max(unscored.start, start + 1), min(unscored.stop, end + 1))
 
 
-def tiles_of(rows: list[Row]) -> list[list[Row]]:
-    """The rows, at most ROWS_PER_TILE together."""
-    return [rows[start : start + ROWS_PER_TILE] for start in range(0, len(rows), ROWS_PER_TILE)]
-
-
-def inputs_of(bound: Bound, rows: list[Row], device: torch.device) -> Inputs:
+def inputs_of(bound: Bound, rows: RowPlan, device: torch.device) -> Inputs:
     """All arrays of a step, on the device."""
     scheduled, size = bound.batch.scheduled, bound.batch.state.cache.block_size
-    starts = np.array([item.start for item in scheduled])
-    ends = np.array([item.end for item in scheduled])
+    starts = np.array([item[1] for item in scheduled])
+    ends = np.array([item[2] for item in scheduled])
     query_start = np.concatenate(([0], np.cumsum(ends - starts)))
     number = np.repeat(np.arange(len(scheduled)), ends - starts)  # which sequence each token is of
     positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[number]
-    width = max([len(table.packed) for table in bound.tables])
-    packed = b"".join([table.packed.ljust(width, b"\0") for table in bound.tables])
-    tables = np.frombuffer(packed, "<i4").reshape(len(scheduled), -1)
+    packed = [table.packed for table in bound.tables]
+    width = max(map(len, packed))
+    tables = np.frombuffer(b"".join([row.ljust(width, b"\0") for row in packed]), "<i4")
+    tables = tables.reshape(len(scheduled), -1)
     slots = tables[number, positions // size].astype(np.int64) * size + positions % size
 
     def put(values: Any, dtype: type) -> Tensor:
@@ -97,57 +125,65 @@ def inputs_of(bound: Bound, rows: list[Row], device: torch.device) -> Inputs:
 
 def _token_ids(scheduled: Items[Scheduled], count: int) -> list[int]:
     if count == len(scheduled):
-        return gather([item.sequence.tokens for item in scheduled], [item.start for item in scheduled])
+        return gather([item[0].tokens for item in scheduled], [item[1] for item in scheduled])
     return [token for item in scheduled for token in item.sequence.tokens[item.start : item.end]]
 
 
-def _tiled(rows: list[Row], put: Any) -> tuple[Rows, ...]:
-    packed = [_NEUTRAL if r.of_prompt else r.sequence.origin.packed_sampling for r in rows]
+def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
+    packed = [sequence.origin.packed_sampling for sequence in rows.sequences]
+    of_prompt = {n: row for n, row in _targeted(rows) if row.of_prompt}
+    for n in of_prompt:
+        packed[n] = _NEUTRAL
     columns = np.frombuffer(b"".join(packed), SAMPLING)
-    target = np.array([r.target for r in rows], np.int64)
     num_logprobs = columns["num_logprobs"].copy()
-    for n in np.flatnonzero(target >= 0).tolist():
-        if rows[n].of_prompt:
-            num_logprobs[n] = rows[n].sequence.origin.request.sampling.prompt_logprobs
-    scaled = (columns["temperature"] != 0) & (columns["temperature"] != 1)
-    truncated = (columns["top_k"] > 0) | (columns["top_p"] < 1)
-    warped = scaled | truncated | (columns["min_p"] > 0)
+    for n, row in of_prompt.items():
+        num_logprobs[n] = row.sequence.origin.request.sampling.prompt_logprobs
+    punished, warped, truncated = columns["punished"], columns["warped"], columns["truncated"]
+    adjusted = punished | columns["biased"]
     names = ("temperature", "min_p", "top_k", "top_p", "seed", "sample_index", "processed")
     whole = {name: put(columns[name], columns[name].dtype.type) for name in names}
     whole |= {
-        "index": put([r.hidden for r in rows], np.int64),
-        "target": put(target, np.int64),
-        "position": put([r.position for r in rows], np.int64),
+        "index": put(rows.hidden, np.int64),
+        "target": put(rows.targets, np.int64),
+        "position": put(rows.positions, np.int64),
     }
-    tiles = (slice(start, start + ROWS_PER_TILE) for start in range(0, len(rows), ROWS_PER_TILE))
-    return tuple(
-        Rows(
-            **{name: column[tile] for name, column in whole.items()},
-            penalties=_penalties(rows[tile], columns[tile], put),
-            warped=bool(warped[tile].any()),
-            truncated=bool(truncated[tile].any()),
-            num_logprobs=int(num_logprobs[tile].max()),
+    split = {name: column.split(ROWS_PER_TILE) for name, column in whole.items()}
+    tiles = []
+    for number, tile in enumerate(rows.tiles):
+        part = slice(tile.start, tile.stop)
+        tiles.append(
+            Rows(
+                **{name: parts[number] for name, parts in split.items()},
+                penalties=_penalties(rows, tile, columns, punished, put) if adjusted[part].any() else None,
+                warped=bool(warped[part].any()),
+                truncated=bool(truncated[part].any()),
+                num_logprobs=int(num_logprobs[part].max()),
+            )
         )
-        for tile in tiles
-    )
+    return tuple(tiles)
 
 
-def _penalties(rows: Items[Row], columns: np.ndarray, put: Any) -> Penalties | None:
-    punished = (columns["repetition"] != 1) | (columns["presence"] != 0) | (columns["frequency"] != 0)
-    if not (punished.any() or columns["biased"].any()):
-        return None
-    histories = [r.sequence.tokens[: r.position] if p else [] for r, p in zip(rows, punished, strict=True)]
-    prompts = [r.sequence.origin.num_prompt if p else 0 for r, p in zip(rows, punished, strict=True)]
-    biased = [(n, rows[n]) for n in np.flatnonzero(columns["biased"]).tolist()]
-    biases = [(n, token, value) for n, row in biased for token, value in _biases(row)]
+def _targeted(rows: RowPlan) -> list[tuple[int, Row]]:
+    """The rows that score a token, with their numbers."""
+    if rows.targets.count(_SAMPLE) == len(rows):
+        return []
+    return [(n, rows[n]) for n, target in enumerate(rows.targets) if target != _SAMPLE]
+
+
+def _penalties(rows: RowPlan, tile: range, columns: np.ndarray, punished: np.ndarray, put: Any) -> Penalties:
+    histories = [rows.sequences[n].tokens[: rows.positions[n]] if punished[n] else [] for n in tile]
+    prompts = [rows.sequences[n].origin.num_prompt if punished[n] else 0 for n in tile]
+    biased = [(place, rows[n]) for place, n in enumerate(tile) if columns["biased"][n]]
+    biases = [(place, token, value) for place, row in biased for token, value in _biases(row)]
+    own = columns[tile.start : tile.stop]
     return Penalties(
         history=put([token for history in histories for token in history], np.int64),
         history_start=put([0, *accumulate(len(history) for history in histories)], np.int64),
         prompt_len=put(prompts, np.int64),
-        repetition=put(columns["repetition"], np.float32),
-        presence=put(columns["presence"], np.float32),
-        frequency=put(columns["frequency"], np.float32),
-        bias_row=put([n for n, _, _ in biases], np.int64),
+        repetition=put(own["repetition"], np.float32),
+        presence=put(own["presence"], np.float32),
+        frequency=put(own["frequency"], np.float32),
+        bias_row=put([place for place, _, _ in biases], np.int64),
         bias_id=put([token for _, token, _ in biases], np.int64),
         bias_value=put([value for _, _, value in biases], np.float32),
     )

@@ -7,6 +7,8 @@ from typing import Generic, TypeVar, overload
 
 T = TypeVar("T")
 
+_new = object.__new__
+
 
 class Log(Generic[T]):
     """The first `len(self)` items of a list that only ever grows.
@@ -28,7 +30,10 @@ class Log(Generic[T]):
         if len(items) != self.length:
             items = items[: self.length]
         items.append(item)
-        return _version(items, self.length + 1)
+        log = _new(Log)  # as `_version`, which is called for every token of every step
+        log._items = items
+        log.length = self.length + 1
+        return log
 
     def extend(self, new: Iterable[T]) -> Log[T]:
         items = self._items

@@ -82,12 +82,14 @@ class Map(Generic[K, V]):
 
 def _set(node: Any, bits: int, key: Any, value: Any, depth: int) -> Any:
     if type(node) is tuple:
+        children = list(node)
         at = bits & _MASK
-        return (*node[:at], _set(node[at], bits >> _BITS, key, value, depth + 1), *node[at + 1 :])
+        children[at] = _set(children[at], bits >> _BITS, key, value, depth + 1)
+        return tuple(children)
     leaf = {**node, key: value}
     if len(leaf) <= _LEAF or depth >= _DEPTH:
         return leaf
-    children: list[Any] = [_HOLE] * _WIDTH
+    children = [_HOLE] * _WIDTH
     for k, v in leaf.items():
         at = (hash(k) >> (_BITS * depth)) & _MASK
         children[at] = {**children[at], k: v}
@@ -100,5 +102,7 @@ def _delete(node: Any, bits: int, key: Any) -> Any:
         child = _delete(node[at], bits >> _BITS, key)
         if not child and all(n is node[at] or not n for n in node):
             return _HOLE  # the last entry below this node is gone
-        return (*node[:at], child, *node[at + 1 :])
+        children = list(node)
+        children[at] = child
+        return tuple(children)
     return {k: v for k, v in node.items() if k != key}

@@ -115,8 +115,8 @@ class _Plan:
         end, size, branches = start + 1, self.block_size, self.pool.branches
         if (
             start % size
-            and end % size
             and end == sequence.tokens.length
+            and (end % size or not self.state.waiting)  # who waits may share a block that becomes full
             and not (branches.length and sequence.table.blocks[-1].index in branches)
         ):
             # By far the most common: one slot more of a block that is the sequence's own.
