@@ -34,7 +34,7 @@ from folo.state.restore import restore
 from folo.state.save import save
 from folo.state.schedule import Batch, schedule
 from folo.state.stats import Stats, stats
-from folo.step import Tokens, compile, step
+from folo.step import Step, Tokens, compile, step
 
 __version__ = "0.1.0"
 
@@ -63,6 +63,7 @@ __all__ = [
     "SchedulerConfig",
     "StaleBatchError",
     "Stats",
+    "Step",
     "Tokens",
     "abort",
     "check",

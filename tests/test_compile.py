@@ -1,0 +1,57 @@
+"""`folo.compile`: the same function, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from engine import prompt
+
+import folo
+from folo.model.forward import layer_in_heap
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def outputs(params: folo.Params, step: folo.Step, num_requests: int) -> dict[str, folo.RequestOutput]:
+    state = folo.init(
+        params, folo.CacheConfig(num_blocks=24), folo.SchedulerConfig(max_num_batched_tokens=48)
+    )
+    for n in range(num_requests):
+        sampling = folo.SamplingParams(temperature=n % 2, seed=n, max_tokens=8, logprobs=2, ignore_eos=True)
+        state = folo.submit(state, folo.Request(prompt(7 * n + 1, n), sampling, str(n)))
+    while (batch := folo.schedule(state)) is not None:
+        state, _ = step(params, state, batch)
+    return folo.outputs(state)
+
+
+def test_eager_and_compiled_steps_give_equal_bits(tiny: folo.Params) -> None:
+    compiled = folo.compile(folo.step, mode="inductor")
+    for num_requests in (1, 4):
+        assert outputs(tiny, compiled, num_requests) == outputs(tiny, folo.step, num_requests)
+
+
+def test_one_graph_serves_all_layers_and_nothing_is_compiled_again(tiny: folo.Params) -> None:
+    compiled = folo.compile(folo.step, mode="inductor")
+    outputs(tiny, compiled, 1)
+    outputs(tiny, compiled, 4)
+    entries = len(torch._dynamo.eval_frame._debug_get_cache_entry_list(layer_in_heap.__code__))
+    assert 1 <= entries <= 6, "a graph each for sizes of 1 and for larger ones, of tokens, sequences, tables"
+    with torch.compiler.set_stance("fail_on_recompile"):
+        outputs(tiny, compiled, 4)
+
+
+def test_auto_is_the_faster_one_as_measured(tiny: folo.Params) -> None:
+    assert folo.compile(folo.step) is folo.step
+    assert folo.compile(folo.step, mode="eager") is folo.step
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(folo.ConfigError, match=r"mode='fast'.*inductor"):
+        folo.compile(folo.step, mode="fast")  # pyright: ignore[reportArgumentType]
