@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import folo
+from folo.bench import command as bench
 from folo.errors import ConfigError, FoloError, RequestError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="folo", description="A purely functional LLM inference engine for PyTorch.")
     parser.add_argument("--version", action="version", version=f"folo {folo.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for register in (_register_generate, _register_info):
+    for register in (_register_generate, _register_info, bench.register):
         register(commands)
     return parser
 
