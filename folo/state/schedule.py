@@ -206,6 +206,8 @@ class _Plan:
             digest = sequence.digests[number]
             tokens = sequence.tokens[number * size : (number + 1) * size]
             block = self.pool.lookup(digest, parent, tokens) or self._coming(digest, parent, tokens)
+            if isinstance(block, Shared) and number and blocks[-1] != self._made(block.donor, number - 1):
+                break  # it will follow another block, of the same content: a block has one predecessor
             if block is None:
                 break
             blocks.append(block)
@@ -237,8 +239,13 @@ class _Plan:
                 return shared, sibling.table.blocks[: self._num_blocks(shared)]
         for number, item in batch:
             if item.end >= shared:
-                held = item.reused or item.sequence.table.blocks
                 full = range(shared // size)
-                blocks = (held[n] if n < item.start // size else Shared(number, n) for n in full)
-                return len(full) * size, tuple(blocks)
+                return len(full) * size, tuple(self._made(number, n) for n in full)
         return _WAIT if siblings else None
+
+    def _made(self, donor: int, number: int) -> Block | Shared:
+        """A full block of a scheduled sequence: one that it has, or one that it will have."""
+        item = self.scheduled[donor]
+        if number >= item.start // self.block_size:
+            return Shared(donor, number)
+        return (item.reused or item.sequence.table.blocks)[number]
