@@ -142,6 +142,27 @@ def test_a_failing_logits_processor_leaves_the_state_valid(tiny: folo.Params) ->
     assert [len(output.outputs[0].token_ids) for output in outputs.values()] == [14, 14]
 
 
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+@pytest.mark.parametrize("mode", ["raw", "processed"])
+def test_logits_that_allow_no_token_are_an_error_that_names_the_request(
+    tiny: folo.Params, logprobs: int | None, mode: Any
+) -> None:
+    def nothing(logits: Any, context: folo.sampling.Context) -> Any:
+        return logits - float("inf")
+
+    options: dict[str, Any] = {"logprobs": logprobs, "logprobs_mode": mode}
+    bad = folo.SamplingParams(logits_processors=[nothing], **options)
+    state = folo.init(tiny, folo.CacheConfig(num_blocks=16))
+    state = folo.submit(state, folo.Request(prompt(9), folo.SamplingParams(max_tokens=5, **options), "good"))
+    alone = folo.outputs(finish_all(tiny, state))["good"]
+    state = folo.submit(state, folo.Request(prompt(7), bad, "bad"))
+    with pytest.raises(folo.RequestError, match=r"'bad': no token can be sampled at position 7.*abort it"):
+        steps(tiny, state, 1)
+    folo.check(state)
+    outputs = folo.outputs(finish_all(tiny, folo.abort(state, "bad")))
+    assert outputs["good"] == alone
+
+
 def test_a_failing_tokenizer_leaves_the_state_valid(tiny: folo.Params, tiny_dir: Any) -> None:
     tokenizer = folo.load_tokenizer(str(tiny_dir))
     state = folo.init(tiny, folo.CacheConfig(num_blocks=16), tokenizer=tokenizer)

@@ -14,7 +14,7 @@ from folo.inputs import pack_sampling
 from folo.request import Request
 from folo.state.engine import EngineState, Held
 from folo.state.evolve import evolve
-from folo.state.lifecycle import check_vocabulary, origin_of
+from folo.state.lifecycle import check_vocabulary, max_length, origin_of
 from folo.state.log import Log
 from folo.state.pool import extend_digests
 from folo.state.queues import queued
@@ -63,22 +63,19 @@ def fork(
         if not isinstance(child, str) or not child or child in state.requests or child in state.finished:
             raise RequestError(f"fork of {id!r}: the id {child!r} is empty, no string, or taken already")
     forced = _forced(state, id, append, len(children))
-    seeds = [None] * len(children) if seeds is None else seeds
-    if len(seeds) != len(children):
-        raise RequestError(f"fork of {id!r}: {len(seeds)} seeds for {len(children)} children")
+    own = _seeds(parent, seeds, len(children))
     stem = _stem(state, parent, keep)
     running, waiting, pool, requests = list(state.running), [], state.pool, state.requests
-    for number, (child, tokens, seed) in enumerate(zip(children, forced, seeds, strict=True)):
+    for number, (child, tokens, seed) in enumerate(zip(children, forced, own, strict=True)):
         arrival = state.arrivals + number
-        sequence = _child(
-            state, parent, stem, _child_origin(parent.origin, child, arrival, keep, seed), tokens
-        )
+        origin = _child_origin(state, parent.origin, child, arrival, keep, seed)
+        sequence = _child(state, parent, stem, origin, tokens)
         requests = requests.set(child, Held(sequence.origin.request, arrival, num_samples=1))
         if sequence.num_computed and len(running) < state.scheduler.max_num_seqs:
             running.append(sequence)
             pool = pool.hold(sequence.table.blocks)
         else:
-            waiting.append(sequence.vacate())
+            waiting.append(evolve(sequence.vacate(), num_cached=None))
     born = running[len(state.running) :]
     return evolve(
         state,
@@ -186,6 +183,14 @@ def _forced(state: EngineState, id: str, append: Any, count: int) -> list[list[i
     return [_ids(state, what, ids) for ids in lists]
 
 
+def _seeds(parent: Sequence, seeds: Items[int | None] | None, count: int) -> list[int | None]:
+    seeds = [None] * count if seeds is None else seeds
+    if len(seeds) != count:
+        raise RequestError(f"fork of {parent.id!r}: {len(seeds)} seeds for {count} children")
+    params = parent.origin.request.sampling  # which knows what a seed may be
+    return [None if seed is None else replace(params, seed=seed).seed for seed in seeds]
+
+
 def _stem(state: EngineState, parent: Sequence, keep: int) -> Sequence:
     """The parent's first `keep` tokens, with what is known of them."""
     origin = parent.origin
@@ -220,7 +225,9 @@ def _text(state: EngineState, parent: Sequence, keep: int) -> TextState | None:
     return detokenize.advance(state.tokenizer, text, parent.tokens[parent.origin.num_prompt : keep])
 
 
-def _child_origin(parent: Origin, id: str, arrival: int, keep: int, seed: int | None) -> Origin:
+def _child_origin(
+    state: EngineState, parent: Origin, id: str, arrival: int, keep: int, seed: int | None
+) -> Origin:
     request, params = parent.request, parent.request.sampling
     if params.n > 1 or params.best_of is not None:
         alone = replace(params, n=1, best_of=None if params.best_of is None else 1)
@@ -230,11 +237,14 @@ def _child_origin(parent: Origin, id: str, arrival: int, keep: int, seed: int | 
     origin = evolve(parent, request=request, arrival=arrival, sample=0, lineage=lineage)
     if params.prompt_logprobs is not None:  # of several samples, only the first one scores the prompt
         origin = evolve(origin, scored_from=1)
-    if seed is None:
-        return origin
-    seed = replace(params, seed=seed).seed  # checks its range
-    assert seed is not None
-    return evolve(origin, seed=seed, stream=0, packed_sampling=pack_sampling(request.sampling, seed, 0))
+    if seed is not None:
+        packed = pack_sampling(request.sampling, seed, 0)
+        origin = evolve(origin, seed=seed, stream=0, packed_sampling=packed)
+    limit = max_length(state, params, parent.num_prompt)
+    if limit != parent.max_length:  # of a parent that ended before the limits were changed
+        scores_output = parent.scored_to > parent.num_prompt
+        origin = evolve(origin, max_length=limit, scored_to=limit if scores_output else parent.num_prompt)
+    return origin
 
 
 def _child(
@@ -261,7 +271,9 @@ def _child(
 
 def _scored(sequence: Sequence, parent: Sequence, position: int) -> Sequence:
     """With the scores of the first forced token, if the parent's row for its position shows them."""
-    at = position - parent.origin.scored_from
+    at, origin = position - parent.origin.scored_from, sequence.origin
+    if origin.stream != parent.origin.stream and origin.request.sampling.logits_processors:
+        return sequence  # they may look at the sample index
     if sequence.unscored.start != position or not sequence.unscored or at >= parent.scores.length:
         return sequence
     token, row = sequence.tokens[position], parent.scores[at]

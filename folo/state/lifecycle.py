@@ -10,7 +10,7 @@ from folo import detokenize
 from folo.errors import RequestError
 from folo.inputs import pack_sampling
 from folo.request import Request, RequestOutput
-from folo.sampling import derive_seed
+from folo.sampling import SamplingParams, derive_seed
 from folo.state.engine import EngineState, Held
 from folo.state.evolve import evolve
 from folo.state.log import Log
@@ -73,8 +73,7 @@ def origin_of(
     if not params.ignore_eos:
         stop_ids |= {token for token in config.eos_token_ids if token < config.vocab_size}
     num_prompt = len(request.prompt_token_ids)
-    wanted = state.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
-    max_length = min(state.max_model_len, wanted)
+    limit = max_length(state, params, num_prompt)
     # Prompt logprobs are the same for all samples: the first one computes them.
     scores_prompt = sample == 0 and params.prompt_logprobs is not None
     scores_output = params.logprobs is not None or params.best_of is not None
@@ -87,11 +86,17 @@ def origin_of(
         packed_sampling=pack_sampling(params, seed, stream),
         stop_ids=frozenset(stop_ids),
         num_prompt=num_prompt,
-        max_length=max_length,
+        max_length=limit,
         scored_from=1 if scores_prompt else num_prompt,
-        scored_to=max_length if scores_output else num_prompt,
+        scored_to=limit if scores_output else num_prompt,
         lineage=lineage,
     )
+
+
+def max_length(state: EngineState, params: SamplingParams, num_prompt: int) -> int:
+    """How many tokens a sequence may come to."""
+    wanted = state.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
+    return min(state.max_model_len, wanted)
 
 
 def _validate(state: EngineState, request: Request) -> None:
