@@ -14,8 +14,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/.folo
 	$(BIN)/folo generate --chat --prompt "What is gravity?" --temperature 0 --max-tokens 64
 
+# Two tests at a time, each with one thread unless it says otherwise. Passive: threads that wait for each
+# other while others have their cores would spin for ages.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses=2 --dist=worksteal
+
 test: lint
-	$(BIN)/pytest --cov --cov-report=term
+	$(PYTEST) --cov --cov-report=term
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -27,7 +31,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format
 
 coverage: $(VENV)/.dev
-	$(BIN)/pytest --cov --cov-report=html
+	$(PYTEST) --cov --cov-report=html
 	@echo "see htmlcov/index.html"
 
 clean:

@@ -107,7 +107,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[str(case[0]) for case in REFUSED])
+@pytest.mark.parametrize(
+    ("arguments", "message"), REFUSED, ids=[f"{n} {(*case[0],)}" for n, case in enumerate(REFUSED)]
+)
 def test_bad_values_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**arguments)
