@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from hypothesis import settings
 
 import folo
+
+
+# No test is timed: coverage, and a second test beside, make any deadline a matter of luck.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
