@@ -12,7 +12,6 @@ from hypothesis import settings
 
 import folo
 
-
 # No test is timed: coverage, and a second test beside, make any deadline a matter of luck.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
