@@ -344,7 +344,10 @@ class Program(RuleBasedStateMachine):
     @rule(copy=st.booleans())
     def rebind(self, copy: bool) -> None:
         params = replace(self.params) if copy else self.state.params
-        self.world = self.world.with_(folo.rebind(self.state, params))
+        state = folo.rebind(self.state, params)
+        assert not state.running
+        assert (state.pool.used, len(state.pool.index)) == (0, 0)
+        self.world = self.world.with_(state)
 
     @can_hold
     @rule()

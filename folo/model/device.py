@@ -63,4 +63,5 @@ def sample(raw: Tensor, processed: Tensor, rows: Rows) -> Sampled:
     if rows.num_logprobs == NO_LOGPROBS:
         return Sampled(ids, None, None, None, None)
     scored = torch.where(rows.processed[:, None], processed, raw)
-    return Sampled(ids, *ops.pick_logprobs(scored, ids, rows.num_logprobs))
+    # A row that allows no token has none to score; who asked for it is told when the ids are looked at.
+    return Sampled(ids, *ops.pick_logprobs(scored, ids.clamp(min=0), rows.num_logprobs))

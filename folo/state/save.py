@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,6 +68,8 @@ def save(state: EngineState, path: str | os.PathLike[str]) -> None:
         _to_disk(partial)
         os.replace(partial, path)
         _to_disk(path.absolute().parent)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
