@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -192,7 +193,8 @@ def _refuse_unsampled(rows: RowPlan, ids: list[int]) -> None:
 
 
 def _tokens(rows: RowPlan, results: Results) -> Tokens:
-    ids, scores, origins = results.ids, results.scores, [s.origin for s in rows.sequences]
+    ids, scores = results.ids, results.scores
+    origins = [sequence.origin for sequence in rows.sequences]
     if max(rows.targets, default=-1) >= 0:  # some rows only score a token
         at = [n for n, target in enumerate(rows.targets) if target < 0]
         ids, scores, origins = [ids[n] for n in at], [scores[n] for n in at], [origins[n] for n in at]
@@ -201,7 +203,7 @@ def _tokens(rows: RowPlan, results: Results) -> Tokens:
         values = [float("nan") if score is None else score.logprob for score in scores]
         logprobs = torch.tensor(values, dtype=torch.float32)
     return Tokens(
-        ids=torch.tensor(ids, dtype=torch.int64),
+        ids=torch.from_numpy(np.array(ids, np.int64)),  # a third of torch.tensor's time
         logprobs=logprobs,
         request_ids=tuple([origin.request.id for origin in origins]),
         sample_indices=tuple([origin.sample for origin in origins]),

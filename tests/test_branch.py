@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine import Oracle, Recipe, finish_all, ids_of, prompt, run, stepped
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -264,6 +265,16 @@ def test_max_tokens_goes_on_counting_from_the_prompt(tiny: folo.Params) -> None:
         folo.fork(state, "a", ["b"], keep=15, append=[4] * 14)
 
 
+@pytest.mark.parametrize(
+    "forced",
+    [(4, 9), np.array([4, 9]), torch.tensor([4, 9]), [torch.tensor([4, 9])], [np.array([4, 9])]],
+    ids=["tuple", "array", "tensor", "list of a tensor", "list of an array"],
+)
+def test_forced_tokens_may_come_as_any_list(forced: Any, tiny: folo.Params) -> None:
+    state = folo.fork(started(tiny, steps=12), "a", ["b"], append=forced)
+    assert ids_of(state, "b") == [*ids_of(state, "a"), 4, 9]
+
+
 def test_logprobs_of_forced_tokens_are_those_of_scoring_them_in_a_prompt(tiny: folo.Params) -> None:
     sampling = replace(LONG, logprobs=3)
     state = started(tiny, sampling)
@@ -384,6 +395,7 @@ def test_seeds_and_tokens_may_be_numpys_and_are_kept_as_ints(tiny: folo.Params, 
         ({"append": [300]}, r"token id 300 is outside the vocabulary, \[0, 300\)"),
         ({"append": [-1]}, "token id -1"),
         ({"append": [1.5]}, "token ids must be ints"),
+        ({"append": 5}, "append=5 is no list of token ids"),
         ({"append": [[4], [4], [4]], "children": ["b", "c"]}, "3 lists to append for 2 children"),
         ({"append": [[4], [300]], "children": ["b", "c"]}, "token id 300"),
         ({"append": [4] * 15}, "29 tokens leave no room for output.*end it at 29; keep fewer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 
 import pytest
 import torch
@@ -60,7 +61,9 @@ def serve(params: folo.Params, state: folo.EngineState, count: int, first: int) 
 def test_20_000_requests_leave_no_block_no_object_and_no_memory_behind(tiny: folo.Params) -> None:
     cache = folo.CacheConfig(block_size=8, num_blocks=16, reserve_blocks=16)
     state = folo.init(tiny, cache, folo.SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=64))
-    heap, counts = state.heap, []
+    heap = state.heap
+    counts: list[int] = []
+    memory: list[int] = []
     for first in range(0, 20_000, WARM_UP):
         state = serve(tiny, state, WARM_UP, first)
         folo.check(state)
@@ -71,7 +74,9 @@ def test_20_000_requests_leave_no_block_no_object_and_no_memory_behind(tiny: fol
         gc.collect()
         assert heap.num_free == heap.num_blocks - numbers.blocks_cached
         counts.append(len(gc.get_objects()))
+        memory.append(sys.getallocatedblocks())
     assert max(counts[1:]) < counts[0] + 200, f"objects alive after each 5,000 requests: {counts}"
+    assert max(memory[1:]) < memory[0] + 1000, f"blocks of memory after each 5,000 requests: {memory}"
     assert state.counters.preemptions > 0
     del state
     assert heap.num_free == heap.num_blocks

@@ -321,7 +321,7 @@ def test_a_file_that_contradicts_itself_is_refused(tiny: folo.Params, saved: Pat
         folo.restore(tiny, saved)
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_to_disk", "checksum"])
+@pytest.mark.parametrize("broken", ["save_file", "_to_disk", "checksum", "os.replace"])
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(
     broken: str, tiny: folo.Params, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,11 +330,18 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(saving, broken, fail)
+    monkeypatch.setattr(f"{saving.__name__}.{broken}", fail)
     with pytest.raises(OSError, match="disk full"):
         folo.save(folo.init(tiny, folo.CacheConfig(num_blocks=8)), saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_directory_that_is_not_there_is_an_os_error(tiny: folo.Params, tmp_path: Path) -> None:
+    state = folo.init(tiny, folo.CacheConfig(num_blocks=8))
+    with pytest.raises(OSError, match="nowhere"):
+        folo.save(state, tmp_path / "nowhere" / "state.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_restoring_runs_nothing_from_the_file(

@@ -112,6 +112,8 @@ def measure(num_blocks: int, length: int = LENGTH, cached: int = 0, num_groups: 
     host = Host()
     state = _state(num_blocks, NUM_SEQS, length, host, cached)
     idle = len(state.pool.idle)
+    gc.collect()
+    gc.freeze()  # a full collection looks at every object: a pause of its own, not a part of any step
     groups: list[list[float]] = []
     for _ in range(num_groups):
         host.clock = [0.0, 0.0, 0.0]

@@ -28,28 +28,29 @@ def advance(bound: Bound, rows: RowPlan, results: Results) -> EngineState:
     """The state after the step, with its tokens appended and its stop conditions applied."""
     batch = bound.batch
     state, size, caching = batch.state, batch.state.cache.block_size, batch.state.cache.enable_prefix_caching
-    pool, numbers, targets = bound.pool, rows.numbers, rows.targets
+    pool, numbers, targets = bound.pool, [*rows.numbers, -1], rows.targets
+    ids, scored = results.ids, any(results.scores)
     changed: dict[int, Sequence] = {}  # by id() of the sequence in the old state
     ended: list[Sequence] = []
     admitted: list[Sequence] = []
     hits = queries = at = 0
-    for number, ((before, start, end, is_admitted, *rest), table) in enumerate(
+    for number, ((before, start, end, is_admitted, are_hits, _), table) in enumerate(
         zip(batch.scheduled, bound.tables, strict=True)
     ):
-        if end // size > start // size and before.digests.length:
+        if caching and end // size > start // size:
             table, pool = _index(before, start, end, table, pool, size)
         sequence, fields = draft(before)
         fields["table"], fields["num_computed"] = table, end
         if is_admitted:
-            if rest[0] and caching:  # the blocks are prefix hits
+            if are_hits and caching:  # the blocks are prefix hits
                 queries, hits = queries + before.tokens.length, hits + start
             if before.num_cached is None:
                 fields["num_cached"] = start
-        while at < len(numbers) and numbers[at] == number:
-            if (scores := results.scores[at]) is not None:
+        while numbers[at] == number:
+            if scored and (scores := results.scores[at]) is not None:
                 _score(rows[at], scores, fields)
             if targets[at] < 0:
-                token, origin = results.ids[at], before.origin
+                token, origin = ids[at], before.origin
                 fields["tokens"] = tokens = before.tokens.append(token)
                 length = tokens.length
                 if caching and not length % size:

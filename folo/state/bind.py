@@ -32,14 +32,15 @@ def bind(batch: Batch) -> Bound:
     binding = _Binding(batch)
     size, tables = binding.size, binding.tables
     for item in batch.scheduled:
-        sequence, start, end, admitted, *_ = item
+        sequence, start, end, admitted, _, _ = item
         offset = start % size
-        if offset and not admitted and offset + end - start <= size:
+        after = offset + end - start
+        if offset and after <= size and not admitted:
             table, branches = sequence.table, binding.pool.branches
             tail = table.blocks[-1]
             if tail.claimed == offset and not (branches.length and tail.index in branches):
                 # By far the most common: some slots more of a block that is the sequence's own.
-                tail.claimed = offset + end - start
+                tail.claimed = after
                 tables.append(table)
                 continue
         tables.append(binding.table(item))

@@ -175,7 +175,12 @@ def _ids(state: EngineState, what: str, token_ids: Items[int]) -> list[int]:
 
 def _forced(state: EngineState, id: str, append: Any, count: int) -> list[list[int]]:
     what = f"fork of {id!r}"
-    lists = [] if append is None else list(append)
+    # Items of a tensor or an array are such themselves, and look like lists.
+    append = () if append is None else append.tolist() if hasattr(append, "tolist") else append
+    try:
+        lists = list(append)
+    except TypeError:
+        raise RequestError(f"{what}: append={append!r} is no list of token ids") from None
     if not lists or not hasattr(lists[0], "__iter__"):
         return [_ids(state, what, lists)] * count
     if len(lists) != count:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_new = object.__new__
+_new, _set = object.__new__, object.__setattr__
 
 
 def evolve(value: T, **changes: Any) -> T:
@@ -23,6 +23,6 @@ def evolve(value: T, **changes: Any) -> T:
 def draft(value: T) -> tuple[T, dict[str, Any]]:
     """A copy of a value, and its fields to be changed before anyone else sees it."""
     copy = _new(type(value))
-    fields = copy.__dict__
-    fields.update(value.__dict__)
+    fields = value.__dict__.copy()
+    _set(copy, "__dict__", fields)
     return copy, fields

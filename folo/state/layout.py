@@ -66,11 +66,18 @@ class RowPlan:
 
 def rows_of(scheduled: Items[Scheduled]) -> RowPlan:
     """What a step's logits are for."""
+    sequences, ends = [item[0] for item in scheduled], [item[2] for item in scheduled]
+    origins = [sequence.origin for sequence in sequences]
+    last = [start + 1 == end == s.tokens.length for s, start, end, _, _, _ in scheduled]
+    if all(last) and not any(origin.scored_from < origin.scored_to for origin in origins):
+        # By far the most common: every sequence computes its last token, and samples the next one.
+        numbers = list(range(len(scheduled)))
+        return RowPlan(numbers, sequences, numbers, ends, [_SAMPLE] * len(scheduled))
     plan = RowPlan([], [], [], [], [])
     numbers, sequences, hidden, positions = plan.numbers, plan.sequences, plan.hidden, plan.positions
     targets, first = plan.targets, 0
     for number, (sequence, start, end, *_) in enumerate(scheduled):
-        if sequence.origin.scored_to > sequence.origin.scored_from:
+        if sequence.origin.scored_from < sequence.origin.scored_to:
             for position in _scored(sequence, start, end):
                 numbers.append(number)
                 sequences.append(sequence)
@@ -138,8 +145,12 @@ def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
     num_logprobs = columns["num_logprobs"].copy()
     for n, row in of_prompt.items():
         num_logprobs[n] = row.sequence.origin.request.sampling.prompt_logprobs
-    punished, warped, truncated = columns["punished"], columns["warped"], columns["truncated"]
-    adjusted = punished | columns["biased"]
+    starts = [tile.start for tile in rows.tiles]
+    punished = columns["punished"]
+    adjusted = np.logical_or.reduceat(punished | columns["biased"], starts)
+    warped = np.logical_or.reduceat(columns["warped"], starts)
+    truncated = np.logical_or.reduceat(columns["truncated"], starts)
+    most = np.maximum.reduceat(num_logprobs, starts)
     names = ("temperature", "min_p", "top_k", "top_p", "seed", "sample_index", "processed")
     whole = {name: put(columns[name], columns[name].dtype.type) for name in names}
     whole |= {
@@ -150,14 +161,13 @@ def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
     split = {name: column.split(ROWS_PER_TILE) for name, column in whole.items()}
     tiles = []
     for number, tile in enumerate(rows.tiles):
-        part = slice(tile.start, tile.stop)
         tiles.append(
             Rows(
                 **{name: parts[number] for name, parts in split.items()},
-                penalties=_penalties(rows, tile, columns, punished, put) if adjusted[part].any() else None,
-                warped=bool(warped[part].any()),
-                truncated=bool(truncated[part].any()),
-                num_logprobs=int(num_logprobs[part].max()),
+                penalties=_penalties(rows, tile, columns, punished, put) if adjusted[number] else None,
+                warped=bool(warped[number]),
+                truncated=bool(truncated[number]),
+                num_logprobs=int(most[number]),
             )
         )
     return tuple(tiles)

@@ -63,13 +63,7 @@ def schedule(state: EngineState) -> Batch | None:
     then prefill chunks of running sequences; then the waiting ones are admitted, in order.
     """
     plan = _Plan(state)
-    behind: list[Sequence] = []
-    for sequence in state.running:
-        if sequence.tokens.length == sequence.num_computed + 1:
-            plan.go_on(sequence)
-        else:
-            behind.append(sequence)
-            plan.promised += plan.lacks(sequence, sequence.num_computed)
+    behind = plan.decode()
     plan.promised = 0
     for sequence in behind:
         plan.promised += plan.lacks(sequence, plan.go_on(sequence))
@@ -104,6 +98,33 @@ class _Plan:
         """Blocks that a sequence computed up to `end` needs for the rest of its tokens."""
         return self._num_blocks(sequence.tokens.length) - self._num_blocks(end)
 
+    def decode(self) -> list[Sequence]:
+        """Schedule the running sequences that lack one token; returns those that lack more."""
+        behind: list[Sequence] = []
+        size, settled, branches = self.block_size, self.settled, self.pool.branches
+        waiting = bool(self.state.waiting)  # who waits may share a block that becomes full
+        for sequence in self.state.running:
+            start = sequence.num_computed
+            end = start + 1
+            if sequence.tokens.length > end:
+                behind.append(sequence)
+                self.promised += self.lacks(sequence, start)
+            elif (
+                start % size
+                and (end % size or not waiting)
+                and self.budget
+                and id(sequence) not in settled
+                and not (branches.length and sequence.table.blocks[-1].index in branches)
+            ):
+                # By far the most common: one slot more of a block that is the sequence's own.
+                self.scheduled.append(Scheduled(sequence, start, end))
+                settled.add(id(sequence))
+                self.budget -= 1
+            else:
+                self.go_on(sequence)
+                branches = self.pool.branches
+        return behind
+
     def go_on(self, sequence: Sequence) -> int:
         """Schedule the next chunk of a running sequence, preempting later ones if it takes that.
 
@@ -112,18 +133,6 @@ class _Plan:
         start = sequence.num_computed
         if not self.budget or id(sequence) in self.settled:
             return start
-        end, size, branches = start + 1, self.block_size, self.pool.branches
-        if (
-            start % size
-            and end == sequence.tokens.length
-            and (end % size or not self.state.waiting)  # who waits may share a block that becomes full
-            and not (branches.length and sequence.table.blocks[-1].index in branches)
-        ):
-            # By far the most common: one slot more of a block that is the sequence's own.
-            self.scheduled.append(Scheduled(sequence, start, end))
-            self.settled.add(id(sequence))
-            self.budget -= 1
-            return end
         while not (room := self._room(sequence)):
             victim = self._victim(sequence)
             if victim is None:
