@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from folo.model.params import Params
+from folo.ops.packed import Packed
 
 _CLASSES: dict[str, tuple[type, type]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -239,12 +240,16 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def plain(weight: Tensor | Packed) -> Tensor:
+    return weight.plain() if isinstance(weight, Packed) else weight
+
+
 def state_dict(params: Params) -> dict[str, Tensor]:
     """The weights under transformers' names, with fused projections taken apart."""
     config = params.config
     heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
     qkv_sizes = [count * config.head_dim for count in heads]
-    tensors: dict[str, Tensor | None] = {"model.embed_tokens.weight": params.embed}
+    tensors: dict[str, Tensor | None] = {"model.embed_tokens.weight": plain(params.embed)}
     for index, layer in enumerate(params.layers):
         prefix = f"model.layers.{index}"
         tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm
@@ -257,10 +262,10 @@ def state_dict(params: Params) -> dict[str, Tensor]:
             (("self_attn.o_proj",), layer.out, [config.hidden_size]),
             (("mlp.down_proj",), layer.down, [config.hidden_size]),
         ):
-            for kind, fused in (("weight", linear.weight), ("bias", linear.bias)):
+            for kind, fused in (("weight", plain(linear.weight)), ("bias", linear.bias)):
                 if fused is not None:
                     parts = zip(names, fused.split(sizes), strict=True)
                     tensors |= {f"{prefix}.{name}.{kind}": part for name, part in parts}
     tensors["model.norm.weight"] = params.norm
-    tensors["lm_head.weight"] = params.lm_head.weight if params.lm_head else None
+    tensors["lm_head.weight"] = plain(params.lm_head.weight) if params.lm_head else None
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -11,6 +11,7 @@ from checkpoints import tiny_checkpoint
 from hypothesis import settings
 
 import folo
+from folo.ops import cpu
 
 # No test is timed: coverage, and a second test beside, make any deadline a matter of luck.
 settings.register_profile("untimed", deadline=None)
@@ -28,6 +29,24 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_dir: Path) -> folo.Params:
     """Two layers, 300 tokens of vocabulary, 256 positions, float32."""
     return folo.load(str(tiny_dir), use_tqdm=False)
+
+
+@pytest.fixture(params=cpu.instruction_sets())
+def each_instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with all that the ops can run with here, plain torch included."""
+    before = cpu.instruction_set()
+    cpu.use(request.param)
+    yield request.param
+    cpu.use(before)
+
+
+@pytest.fixture
+def reference_ops() -> Iterator[None]:
+    """Runs the test with plain torch."""
+    before = cpu.instruction_set()
+    cpu.use(cpu.REFERENCE)
+    yield
+    cpu.use(before)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ SHOWN: dict[str, list[str | re.Pattern[str]]] = {
     "basic_inference": ["' Paris.", "finish_reason: length", "Gravity is"],
     "batch_inference": ["finish_reason 'stop'", "Each request alone:", "the same tokens"],
     "few_shot": ["I loved every minute of it.    -> positive", "The worst film of the year.    -> negative"],
-    "beam_search": [re.compile(r"^  -0\.\d{3} \" that it's a time for reflection", re.MULTILINE)],
+    "beam_search": [re.compile(r"\A(  -[01]\.\d{3} [\"'] that it.*\n){4}\Z")],
     "tree_search": [
         "bird catches the star.",
         "bird catches the worm.",

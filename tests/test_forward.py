@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import VOCAB_SIZE, tiny_checkpoint
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 import folo
@@ -130,10 +131,11 @@ def test_forward_gives_the_bits_of_the_engine(name: str, dtype: torch.dtype, tmp
 
 def test_forward_leaves_its_arguments_alone(tiny: folo.Params) -> None:
     ids = tokens(20)
-    before, weight = ids.clone(), tiny.layers[0].qkv.weight.clone()
+    before, weights = ids.clone(), tree_map(torch.clone, tiny)
     folo.model.forward(tiny, ids)
     assert torch.equal(ids, before)
-    assert torch.equal(tiny.layers[0].qkv.weight, weight)
+    for leaf, expected in zip(tree_leaves(tiny), tree_leaves(weights), strict=True):
+        assert torch.equal(leaf, expected)
 
 
 def test_every_integer_dtype_will_do(tiny: folo.Params) -> None:

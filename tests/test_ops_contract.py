@@ -1,7 +1,7 @@
 """The invariance contract of the model's ops: a row of the output depends, bit for bit, on its own inputs.
 
-What a row has to be equal to is always the plainest way to compute it: `folo.ops.reference`, that row
-alone, one thread. What is compared with it is the registered op on many rows.
+What a row has to be equal to is always the plainest way to compute it: that row alone, one thread. What is
+compared with it is the same op on many rows, with every instruction set of this CPU, and in plain torch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from folo import ops
-from folo.ops import reference
+from folo.ops.packed import Packed, pack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COUNTS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 70, 128, 257)
 ROWS = max(COUNTS)
 THREADS = (1, 2, 3)
 
-pytestmark = pytest.mark.usefixtures("threads")
+pytestmark = pytest.mark.usefixtures("threads", "each_instruction_set")
 
 Op = Callable[[Any, list[int]], tuple[Tensor, ...]]
 """`op(namespace, rows)` applies an op of the namespace to the chosen rows of a fixed problem."""
@@ -41,7 +41,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def check_rows(op: Op) -> None:
     """Every row of prefixes, permutations and repetitions is what it is alone, with 1, 2 and 3 threads."""
     torch.set_num_threads(1)
-    alone = [torch.cat(column) for column in zip(*(op(reference, [r]) for r in range(ROWS)), strict=True)]
+    alone = [torch.cat(column) for column in zip(*(op(ops, [r]) for r in range(ROWS)), strict=True)]
     shuffled = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1)).tolist()
     batches = [list(range(n)) for n in COUNTS]
     batches += [shuffled, shuffled[:70], shuffled[:5], [200] * 20, list(range(ROWS))[40:57]]
@@ -77,9 +77,22 @@ def test_linear_rows_depend_on_themselves_alone(n: int, k: int, dtype: torch.dty
 def test_linear_takes_every_row_count_up_to_70(n: int, k: int, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     x, weight = random(70, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
-    alone = torch.cat([reference.linear(x[r : r + 1], weight) for r in range(70)])
+    alone = torch.cat([ops.linear(x[r : r + 1], weight) for r in range(70)])
     for m in range(71):
         assert same_bits(ops.linear(x[:m], weight), alone[:m]), m
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), LINEAR_SHAPES)
+def test_packing_a_weight_changes_no_bit(n: int, k: int, dtype: torch.dtype) -> None:
+    x, weight = random(33, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
+    bias = random(n, dtype=dtype)
+    data = pack(weight)
+    packed = Packed(data, (n, k))
+    assert same_bits(packed.plain(), weight)
+    index = torch.tensor([n - 1, 0, n // 2, 0])
+    assert same_bits(packed.rows(index), weight[index])
+    assert same_bits(ops.linear(x, packed, bias), ops.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,7 +123,7 @@ def test_norm_of_a_long_row_is_not_divided_between_threads() -> None:
     """torch.sum divides a single row of more than 32768 elements."""
     x, weight = random(12, 100000), torch.ones(100000)
     torch.set_num_threads(1)
-    expected = reference.rms_norm(x, weight, 1e-6)
+    expected = ops.rms_norm(x, weight, 1e-6)
     for count in THREADS:
         torch.set_num_threads(count)
         for row in range(12):
@@ -143,7 +156,7 @@ def test_qk_norm_rope_write_rows_depend_on_themselves_alone(
 ) -> None:
     qkv = random(ROWS, (group + 2) * num_kv_heads * head_dim, dtype=dtype)
     q_norm, k_norm = (random(head_dim, dtype=dtype, seed=s) if norm else None for s in (1, 2))
-    angles = reference.rope_angles(torch.arange(ROWS) * 3, 10000 ** -torch.linspace(0, 1, head_dim // 2))
+    angles = ops.rope_angles(torch.arange(ROWS) * 3, 10000 ** -torch.linspace(0, 1, head_dim // 2))
     slots = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))
 
     def apply(op: Any, rows: list[int]) -> tuple[Tensor, ...]:
@@ -157,7 +170,7 @@ def test_qk_norm_rope_write_rows_depend_on_themselves_alone(
 def test_qk_norm_rope_write_writes_nothing_but_its_slots() -> None:
     k, v = torch.full((2, 4, 8, 2, 16), torch.nan)
     slots = torch.tensor([5, -1, 17, -1, 30])
-    angles = reference.rope_angles(torch.arange(5), torch.ones(8))
+    angles = ops.rope_angles(torch.arange(5), torch.ones(8))
     ops.qk_norm_rope_write(random(5, 4 * 2 * 16), angles, None, None, 1e-6, k, v, slots)
     for cache in (k, v):
         written = ~cache.flatten(0, 1).flatten(1).isnan().all(-1)
@@ -235,9 +248,9 @@ EDGES = (0, 1, 2, 14, 15, 16, 17, 30, 126, 127, 128, 129, 254, 255, 256, 257, 29
 
 
 def at_edges(context: Context) -> Tensor:
-    """The rows at EDGES, each computed alone by the reference, as decoding would."""
+    """The rows at EDGES, each computed alone, as decoding would."""
     torch.set_num_threads(1)
-    return torch.cat([attend([(context, p, p + 1)], op=reference)[0] for p in EDGES])
+    return torch.cat([attend([(context, p, p + 1)])[0] for p in EDGES])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -276,7 +289,7 @@ def test_attention_does_not_see_blocks(block_size: int, dtype: torch.dtype) -> N
 def test_attention_keeps_the_contract_over_long_contexts_and_many_mates(dtype: torch.dtype) -> None:
     heads = (16, 2, 2)
     contexts = [Context.random(length, heads, dtype, seed=length) for length in (600, 599, 513, 512, 1, 130)]
-    alone = [attend([(c, 0, len(c.q))], op=reference)[0] for c in contexts]
+    alone = [attend([(c, 0, len(c.q))])[0] for c in contexts]
     for end in (1, 128, 129, 385, 512, 513, 600):
         assert same_bits(attend([(contexts[0], end - 1, end)])[0], alone[0][end - 1 : end]), end
     for count in THREADS:

@@ -117,10 +117,10 @@ def test_sampled_ids_can_be_differentiated_through(tiny: folo.Params) -> None:
     assert batch is not None
     _, tokens = folo.step(tiny, state, batch)
     assert not tokens.ids.is_inference()
-    embed = tiny.embed.clone().requires_grad_()
+    embed = torch.ones(300, 8, requires_grad=True)
     embed[tokens.ids].sum().backward()
     assert embed.grad is not None
-    assert embed.grad.sum() == tiny.embed.shape[1]
+    assert embed.grad.sum() == 8
 
 
 def test_cumulative_logprob_is_the_sum_of_the_tokens(tiny: folo.Params) -> None:

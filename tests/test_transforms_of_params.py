@@ -104,6 +104,7 @@ def transformers_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
+@pytest.mark.usefixtures("reference_ops")
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """To 1e-4 of each tensor's largest, in float32; no weight's gradient is zero, but a key bias's.
@@ -133,12 +134,15 @@ def test_autograd_gives_the_gradients_of_torch_func(tmp_path: Path) -> None:
 
 def test_one_leaf_that_requires_grad_is_enough(tmp_path: Path) -> None:
     _, params = build(tmp_path)
-    weight = params.layers[0].down.weight.requires_grad_()
+    weight = params.layers[0].down.weight
+    assert isinstance(weight, torch.Tensor)
+    weight.requires_grad_()
     (gradient,) = torch.autograd.grad(loss(params), weight)
     weight.requires_grad_(False)
     check_close(gradient, grad(loss)(params).layers[0].down.weight, 0)
 
 
+@pytest.mark.usefixtures("reference_ops")
 def test_differentiating_leaves_the_bits_of_the_logits(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         _, params = build(tmp_path, "qwen2", dtype)

@@ -16,6 +16,7 @@ from folo.inputs import Inputs
 from folo.model.config import DecoderConfig
 from folo.model.params import Layer, Linear, Params
 from folo.ops import reference
+from folo.ops.packed import Packed
 
 # attend(layer, qkv [T, (Hq + 2 Hkv) E], angles [T, E]) -> [T, Hq E]
 Attend = Callable[[Layer, Tensor, Tensor], Tensor]
@@ -40,7 +41,8 @@ def hidden_states(
     holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
     """
     angles = op.rope_angles(positions, _inv_freq(params.config, params.dtype, params.device))
-    residual = params.embed[token_ids]
+    embed = params.embed
+    residual = embed.rows(token_ids) if isinstance(embed, Packed) else embed[token_ids]
     x = op.rms_norm(residual, params.layers[0].input_norm, params.config.rms_norm_eps)
     following = (*(layer.input_norm for layer in params.layers[1:]), params.norm)
     for index, (layer, next_norm) in enumerate(zip(params.layers, following, strict=True)):
@@ -125,11 +127,12 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
     """Logits of a whole sequence: token_ids `[T]` (any integer dtype) -> `[T, V]` float32.
 
     Bit for bit what the engine computes for the same tokens. Under `torch.func` transforms (grad,
-    jvp, vmap, ...) or autograd on `params` it runs the same arithmetic in plain differentiable
-    torch. float64 params give float64 logits.
+    jvp, vmap, ...) or autograd on `params` it runs the reference ops, in plain differentiable torch:
+    their last bits may differ from a kernel's. float64 params give float64 logits.
 
     Raises:
-        ConfigError: token_ids is not one-dimensional and non-empty, or longer than the model allows.
+        ConfigError: token_ids is not one-dimensional and non-empty, or longer than the model allows; or
+            packed params under a transform.
     """
     config = params.config
     if token_ids.ndim != 1 or not token_ids.numel():
@@ -153,9 +156,14 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
         return decoder_layer(attend, *args, eps=config.rms_norm_eps, op=reference)
 
     if _differentiated(params):
+        if params.packed:
+            raise ConfigError(
+                "packed weights cannot be differentiated or transformed: folo.load(..., pack=False)"
+            )
         hidden = hidden_states(params, inputs.token_ids, inputs.positions, run_layer, reference)
         return logits(params, hidden, reference)
-    k, v = params.embed.new_zeros((2, config.num_layers, *blocks))
+    shape = (2, config.num_layers, *blocks)
+    k, v = torch.zeros(shape, dtype=params.dtype, device=params.device)
     return logits(params, hidden_in_heap(params, k, v, inputs))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from folo import ops
 from folo.errors import ConfigError, LoadError
 from folo.model.checkpoint import Checkpoint
 from folo.model.config import DecoderConfig
@@ -16,6 +17,7 @@ from folo.model.gguf import GGUFFile
 from folo.model.locate import locate
 from folo.model.params import Layer, Linear, Params
 from folo.model.safetensors import SafetensorsDirectory
+from folo.ops.packed import Packed
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _REDUNDANT = "rotary_emb.inv_freq"  # old checkpoints store what the configuration determines
@@ -39,8 +41,8 @@ def load(
             one that config.json names; for GGUF it is bfloat16 for quantised or BF16 weights, float16 for
             F16 and float32 for F32.
         device: "auto" is CUDA where there is a GPU, else the CPU.
-        pack: whether a backend may lay weights out its own way. No backend has such a layout yet, so the
-            weights are plain either way.
+        pack: lay the linear weights out as the device's kernels read them. It changes no bit; False keeps
+            them plain, which `torch.func` transforms need, and which makes every step pack them anew.
         use_tqdm: show a progress bar.
 
     Raises:
@@ -50,7 +52,7 @@ def load(
     checkpoint = open_checkpoint(locate(model))
     config = checkpoint.config(_resolve_dtype(dtype, checkpoint))
     _check_tensors(checkpoint, config)
-    return _assemble(checkpoint, config, _resolve_device(device), use_tqdm)
+    return _assemble(checkpoint, config, _resolve_device(device), pack, use_tqdm)
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -137,7 +139,9 @@ def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
         )
 
 
-def _assemble(checkpoint: Checkpoint, config: DecoderConfig, device: torch.device, use_tqdm: bool) -> Params:
+def _assemble(
+    checkpoint: Checkpoint, config: DecoderConfig, device: torch.device, pack: bool, use_tqdm: bool
+) -> Params:
     shapes = tensor_shapes(config)
     with tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=not use_tqdm) as progress:
 
@@ -150,8 +154,12 @@ def _assemble(checkpoint: Checkpoint, config: DecoderConfig, device: torch.devic
                 progress.update()
             return out
 
+        def laid_out(*names: str) -> Tensor | Packed:
+            weight = stack(*names)
+            return ops.packed(weight) if pack else weight
+
         def linear(*modules: str) -> Linear:
-            weight = stack(*(f"{module}.weight" for module in modules))
+            weight = laid_out(*(f"{module}.weight" for module in modules))
             biases = [f"{module}.bias" for module in modules]
             return Linear(weight, stack(*biases) if biases[0] in shapes else None)
 
@@ -168,10 +176,12 @@ def _assemble(checkpoint: Checkpoint, config: DecoderConfig, device: torch.devic
                 down=linear(f"{mlp}.down_proj"),
             )
 
+        # The largest first: packing takes a second copy.
+        head = None if config.tie_word_embeddings else linear("lm_head")
         return Params(
-            embed=stack("model.embed_tokens.weight"),
+            embed=(laid_out if config.tie_word_embeddings else stack)("model.embed_tokens.weight"),
             layers=tuple(layer(f"model.layers.{index}") for index in range(config.num_layers)),
             norm=stack("model.norm.weight"),
-            lm_head=None if config.tie_word_embeddings else linear("lm_head"),
+            lm_head=head,
             config=config,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import sha256
@@ -12,13 +13,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from folo.model.config import DecoderConfig
+from folo.ops.packed import Packed
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """`x @ weight.T + bias`. weight `[N, K]`, bias `[N]` or None, both in the model's dtype."""
+    """`x @ weight.T + bias`. weight `[N, K]`, packed or not, bias `[N]` or None, in the model's dtype."""
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None = None
 
 
@@ -40,7 +42,7 @@ class Layer:
 class Params:
     """All weights of one decoder. Never changed in place; `torch.func` transforms take it as a pytree."""
 
-    embed: Tensor  # [V, D]
+    embed: Tensor | Packed  # [V, D]; packed where it is the output layer's weight too
     layers: tuple[Layer, ...]
     norm: Tensor  # [D]
     lm_head: Linear | None  # None: tied to `embed`
@@ -54,22 +56,40 @@ class Params:
     def device(self) -> torch.device:
         return self.embed.device
 
+    @property
+    def packed(self) -> bool:
+        """Whether weights are in a backend's own layout, which nothing can be differentiated through."""
+        return any(isinstance(weight, Packed) for weight in _weights(self))
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the architecture and every weight's name, dtype, shape and bytes. Reads them all."""
+        """SHA-256 over the architecture and every weight's name, dtype, shape and bytes. Reads them all.
+
+        Packed weights have the fingerprint of the plain ones.
+        """
         digest = sha256(repr(self.config).encode())
-        for path, leaf in pytree.tree_leaves_with_path(self):
+        for path, leaf in pytree.tree_leaves_with_path(self, is_leaf=_is_packed):
+            leaf: Tensor = leaf.plain() if isinstance(leaf, Packed) else leaf
             digest.update(f"{pytree.keystr(path)} {leaf.dtype} {tuple(leaf.shape)}".encode())
-            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @property
     def num_parameters(self) -> int:
-        return sum(leaf.numel() for leaf in pytree.tree_leaves(self))
+        return sum(math.prod(weight.shape) for weight in _weights(self))
 
     @property
     def num_bytes(self) -> int:
-        return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(self))
+        """Of the weights in memory, but for the padding of packed ones."""
+        return sum(math.prod(weight.shape) * weight.dtype.itemsize for weight in _weights(self))
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, Packed)
+
+
+def _weights(params: Params) -> list[Tensor | Packed]:
+    return pytree.tree_leaves(params, is_leaf=_is_packed)
 
 
 def _register(cls: type, context: tuple[str, ...] = ()) -> None:

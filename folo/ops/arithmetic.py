@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import torch
 
+from folo.ops import cpu
+
 
 def arithmetic(device: torch.device) -> dict[str, str]:
     """Backend, instruction set or GPU model, and torch version. Equal ones compute equal bits."""
     return {
-        "backend": "reference",
+        "backend": _backend(device),
         "instruction_set": _instruction_set(device),
         "torch": torch.__version__,
     }
 
 
+def _backend(device: torch.device) -> str:
+    kernels = device.type == "cpu" and cpu.instruction_set() != cpu.REFERENCE
+    return "cpu" if kernels else cpu.REFERENCE
+
+
 def _instruction_set(device: torch.device) -> str:
+    if _backend(device) == "cpu":
+        return cpu.instruction_set()
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     extensions = {

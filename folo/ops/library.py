@@ -1,4 +1,8 @@
-"""Registration of the ops with torch.library: schema, implementation, shape function."""
+"""Registration of the ops with torch.library: schema, implementations, shape function.
+
+Each op has the reference for all devices, and the CPU's kernels where they can be compiled. The
+reference alone is there too, as `folo_reference::*`: opaque to a compiler, like the op itself.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folo.ops import reference, sampler
+from folo.ops import cpu, reference, sampler
+from folo.ops.packed import DTYPES, Packed, pack
 
-_LIBRARY = torch.library.Library("folo", "DEF")
+_LIBRARIES = torch.library.Library("folo_reference", "DEF"), torch.library.Library("folo", "DEF")
 
 
 def _op(schema: str, implementation: Callable[..., Any], shape: Callable[..., Any]) -> Callable[..., Any]:
     """Define `folo::<schema>`; `shape` returns empty outputs, for tracing without data."""
-    _LIBRARY.define(schema)
     name = schema.partition("(")[0]
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"folo::{name}", shape, lib=_LIBRARY)
+    for lib in _LIBRARIES:
+        lib.define(schema)
+        lib.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{lib.ns}::{name}", shape, lib=lib)
     return getattr(torch.ops.folo, name).default
 
 
@@ -26,11 +32,33 @@ def _rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=dtype)
 
 
-linear = _op(
+_linear = _op(
     "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
     reference.linear,
     lambda x, weight, bias=None: x.new_empty((x.shape[0], weight.shape[0])),
 )
+_packed_linear = _op(
+    "packed_linear(Tensor x, Tensor packed, int n, Tensor? bias=None) -> Tensor",
+    lambda x, data, n, bias=None: reference.linear(x, Packed(data, (n, x.shape[1])).plain(), bias),
+    lambda x, packed, n, bias=None: x.new_empty((x.shape[0], n)),
+)
+_pack = _op("pack(Tensor weight) -> Tensor", pack, pack)
+
+
+def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
+    """`reference.linear`, whose weight may be packed: that changes no bit."""
+    if isinstance(weight, Packed):
+        return _packed_linear(x, weight.data, weight.shape[0], bias)
+    return _linear(x, weight, bias)
+
+
+def packed(weight: Tensor) -> Tensor | Packed:
+    """A weight `[N, K]` in the layout of the kernels that run where it lies; as it is if they have none."""
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES or cpu.instruction_set() == cpu.REFERENCE:
+        return weight
+    return Packed(_pack(weight), (weight.shape[0], weight.shape[1]))
+
+
 rms_norm = _op(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     reference.rms_norm,
@@ -107,3 +135,5 @@ pick_logprobs = _op(
         logits.new_empty((logits.shape[0], k)),
     ),
 )
+
+cpu.load()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
+import mmap
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from folo.errors import OutOfBlocksError
-
-_ALIGNMENT = 64  # bytes: a cache line, and the width of the widest CPU vector load
 
 
 class Content(NamedTuple):
@@ -82,9 +81,7 @@ class KVHeap:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros come from calloc: pages that no block was written to take no memory. torch.zeros
-    # would touch them all.
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
-    skip = -raw.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(raw[skip : skip + nbytes]).view(dtype).view(shape)
+    # Pages that no block was written to take no memory. (torch.zeros would touch them all; numpy's come in
+    # huge pages, of which each takes milliseconds to be had.)
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)

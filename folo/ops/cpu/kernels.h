@@ -1,0 +1,123 @@
+// What the sources of each instruction set offer to library.cpp: plain functions on plain memory.
+#pragma once
+
+#include <cstdint>
+
+namespace folo {
+
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
+struct Linear {
+  Dtype dtype;
+  const void* x;       // [m, k]
+  const void* weight;  // [ceil(n / 16)] tiles of 16 columns; see linear.cpp
+  const void* bias;    // [n], or null
+  void* out;           // [m, n]
+  int64_t m, n, k;
+};
+
+struct Norm {
+  Dtype dtype;
+  const void* x;         // [m, d]
+  const void* residual;  // [m, d], or null
+  const void* weight;    // [d]
+  void* out;             // [m, d]
+  void* total;           // [m, d]: x + residual, if there is a residual
+  int64_t m, d;
+  float eps;
+};
+
+struct SiluMul {
+  Dtype dtype;
+  const void* gate_up;  // [m, 2 n]
+  void* out;            // [m, n]
+  int64_t m, n;
+};
+
+struct Rope {
+  Dtype dtype;
+  const void* qkv;             // [t, (num_heads + 2 num_kv_heads) head_dim]
+  const float* angles;         // [t, head_dim]: cosines, sines
+  const void *q_norm, *k_norm;  // [head_dim], or null
+  void *k_cache, *v_cache;     // [slots, num_kv_heads, head_dim]
+  const int64_t* slots;        // [t], negative: written nowhere
+  void* q;                     // [t, num_heads, head_dim]
+  int64_t t, num_heads, num_kv_heads, head_dim;
+  float eps;
+};
+
+struct Attention {
+  Dtype dtype;
+  const void* q;                    // [t, num_heads, head_dim]
+  const void *k_cache, *v_cache;    // [blocks, block_size, num_kv_heads, head_dim]
+  const int32_t* block_tables;      // [sequences, table_width]
+  const int32_t *query_start, *seq_lens;
+  void* out;                        // as q
+  int64_t num_sequences, table_width, block_size, num_heads, num_kv_heads, head_dim;
+  float scale;
+};
+
+struct Philox {
+  const int64_t *seed, *position, *sample;  // [r]
+  float* out;
+  int64_t purpose, r;
+};
+
+// Rows of logits, all float32 [r, v].
+struct Penalize {
+  const float* logits;
+  const int64_t *history, *history_start, *prompt_len;
+  const float *repetition, *presence, *frequency;
+  const int64_t *bias_row, *bias_id;
+  const float* bias_value;
+  float* out;
+  int64_t r, v, num_biases;
+};
+
+struct Warp {
+  const float* logits;
+  const float *temperature, *min_p;
+  const int64_t* top_k;
+  const float* top_p;
+  float* out;
+  int64_t r, v;
+};
+
+struct Draw {
+  const float* logits;
+  const bool* greedy;
+  const float* u;
+  int64_t* ids;
+  int64_t r, v;
+};
+
+struct Logprobs {
+  const float* logits;
+  const int64_t* ids;  // [r], or null: `all` is wanted
+  float* all;          // [r, v]
+  float* logprob;      // [r]
+  int64_t *rank, *top_ids;
+  float* top_logprobs;
+  int64_t r, v, k;
+};
+
+#define FOLO_DECLARE(ISA)                 \
+  namespace ISA {                         \
+  void linear(const Linear&);             \
+  void norm(const Norm&);                 \
+  void silu_mul(const SiluMul&);          \
+  void rope(const Rope&);                 \
+  void attention(const Attention&);       \
+  void philox(const Philox&);             \
+  void penalize(const Penalize&);         \
+  void warp(const Warp&);                 \
+  void draw(const Draw&);                 \
+  void logprobs(const Logprobs&);         \
+  }
+FOLO_DECLARE(avx2)
+FOLO_DECLARE(avx512)
+FOLO_DECLARE(avx512_bf16)
+FOLO_DECLARE(amx)
+#undef FOLO_DECLARE
+
+}  // namespace folo

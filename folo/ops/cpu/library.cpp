@@ -1,0 +1,294 @@
+// The kernels as torch operators: checks, output tensors, and the choice of the instruction set.
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace folo {
+namespace {
+
+using at::Tensor;
+
+struct Kernels {
+  const char* name;
+  bool (*runs_here)();
+  void (*linear)(const Linear&);
+  void (*norm)(const Norm&);
+  void (*silu_mul)(const SiluMul&);
+  void (*rope)(const Rope&);
+  void (*attention)(const Attention&);
+  void (*philox)(const Philox&);
+  void (*penalize)(const Penalize&);
+  void (*warp)(const Warp&);
+  void (*draw)(const Draw&);
+  void (*logprobs)(const Logprobs&);
+};
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Best first. What is the same source for two of them is compiled once.
+#define FOLO_KERNELS(NAME, NARROW, WIDE)                                                                        \
+  {                                                                                                            \
+    #NAME, has_##NAME, NARROW::linear, WIDE::norm, WIDE::silu_mul, WIDE::rope, NARROW::attention, WIDE::philox, \
+        WIDE::penalize, WIDE::warp, WIDE::draw, WIDE::logprobs                                                 \
+  }
+const Kernels kKernels[] = {
+    FOLO_KERNELS(avx512_bf16, avx512_bf16, avx512),
+    FOLO_KERNELS(avx512, avx512, avx512),
+    FOLO_KERNELS(avx2, avx2, avx2),
+};
+const char kReference[] = "reference";
+const Kernels* kernels = nullptr;  // null: the reference. Chosen once, on import; tests choose again
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels& k : kKernels)
+    if (k.runs_here()) names.push_back(k.name);
+  return names;
+}
+
+void use(std::string name) {
+  if (name == kReference) {
+    kernels = nullptr;
+    return;
+  }
+  for (const Kernels& k : kKernels)
+    if (name == k.name && k.runs_here()) {
+      kernels = &k;
+      return;
+    }
+  TORCH_CHECK(false, "this CPU does not have the instruction set ", name);
+}
+
+std::string in_use() { return kernels ? kernels->name : kReference; }
+
+bool known(const Tensor& x) {
+  const at::ScalarType type = x.scalar_type();
+  return kernels && (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf);
+}
+
+Dtype dtype_of(const Tensor& x) {
+  return x.scalar_type() == at::kFloat      ? Dtype::kFloat32
+         : x.scalar_type() == at::kBFloat16 ? Dtype::kBFloat16
+                                            : Dtype::kFloat16;
+}
+
+void same_dtype(const Tensor& x, std::initializer_list<const Tensor*> others) {
+  for (const Tensor* other : others)
+    TORCH_CHECK(other->scalar_type() == x.scalar_type(), "folo's ops take tensors of one dtype: ", x.scalar_type(),
+                " and ", other->scalar_type());
+}
+
+// An op that folo/ops/library.py registers: the reference, for one.
+template <typename R, typename... Args>
+R reference(const char* name, const Args&... args) {
+  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<R(const Args&...)>();
+  return op.call(args...);
+}
+
+using Maybe = std::optional<Tensor>;
+
+const void* data(const Maybe& x) { return x ? x->const_data_ptr() : nullptr; }
+
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias) {
+  if (!known(x)) return reference<Tensor>("folo_reference::packed_linear", x, packed, n, bias);
+  same_dtype(x, {&packed});
+  if (bias) same_dtype(x, {&*bias});
+  const Tensor rows = x.contiguous();
+  const int64_t k = rows.size(1), per = x.scalar_type() == at::kBFloat16 ? 2 : 1;
+  TORCH_CHECK(packed.is_contiguous() && packed.size(0) == (n + 15) / 16 &&
+                  packed.size(1) == (per == 2 ? (k + 31) / 32 * 16 : k),
+              "a packed weight of ", packed.sizes(), " does not fit x ", x.sizes(), " and ", n, " outputs");
+  const Maybe biases = bias ? Maybe(bias->contiguous()) : Maybe();
+  Tensor out = at::empty({rows.size(0), n}, rows.options());
+  kernels->linear({dtype_of(x), rows.const_data_ptr(), packed.const_data_ptr(), data(biases), out.data_ptr(),
+                   rows.size(0), n, k});
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
+  if (!known(x)) return reference<Tensor>("folo_reference::linear", x, weight, bias);
+  return packed_linear(x, reference<Tensor>("folo::pack", weight), weight.size(0), bias);
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  if (!known(x)) return reference<Tensor>("folo_reference::rms_norm", x, weight, eps);
+  same_dtype(x, {&weight});
+  const Tensor rows = x.contiguous(), scale = weight.contiguous();
+  Tensor out = at::empty_like(rows);
+  const int64_t d = weight.numel(), m = d ? rows.numel() / d : 0;
+  kernels->norm({dtype_of(x), rows.const_data_ptr(), nullptr, scale.const_data_ptr(), out.data_ptr(), nullptr, m, d,
+                 float(eps)});
+  return out;
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  if (!known(x))
+    return reference<std::tuple<Tensor, Tensor>>("folo_reference::add_rms_norm", x, residual, weight, eps);
+  same_dtype(x, {&residual, &weight});
+  const Tensor rows = x.contiguous(), others = residual.contiguous(), scale = weight.contiguous();
+  Tensor out = at::empty_like(rows), total = at::empty_like(rows);
+  kernels->norm({dtype_of(x), rows.const_data_ptr(), others.const_data_ptr(), scale.const_data_ptr(), out.data_ptr(),
+                 total.data_ptr(), rows.size(0), rows.size(1), float(eps)});
+  return {out, total};
+}
+
+Tensor silu_mul(const Tensor& gate_up) {
+  if (!known(gate_up)) return reference<Tensor>("folo_reference::silu_mul", gate_up);
+  const Tensor rows = gate_up.contiguous();
+  const int64_t m = rows.size(0), n = rows.size(1) / 2;
+  Tensor out = at::empty({m, n}, rows.options());
+  kernels->silu_mul({dtype_of(rows), rows.const_data_ptr(), out.data_ptr(), m, n});
+  return out;
+}
+
+Tensor qk_norm_rope_write(const Tensor& qkv, const Tensor& angles, const Maybe& q_norm, const Maybe& k_norm,
+                          double eps, Tensor k_cache, Tensor v_cache, const Tensor& slots) {
+  if (!known(qkv))
+    return reference<Tensor>("folo_reference::qk_norm_rope_write", qkv, angles, q_norm, k_norm, eps, k_cache, v_cache,
+                             slots);
+  same_dtype(qkv, {&k_cache, &v_cache});
+  const Tensor rows = qkv.contiguous(), turns = angles.contiguous(), places = slots.contiguous();
+  TORCH_CHECK(turns.scalar_type() == at::kFloat && places.scalar_type() == at::kLong,
+              "angles are float32 and slots int64");
+  TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "the K and V caches are contiguous");
+  const int64_t t = rows.size(0), d = turns.size(1), kv = k_cache.size(2), heads = rows.size(1) / d - 2 * kv;
+  const bool normed = q_norm && k_norm;
+  Tensor q = at::empty({t, heads, d}, rows.options());
+  kernels->rope({dtype_of(rows), rows.const_data_ptr(), turns.const_data_ptr<float>(),
+                 normed ? q_norm->const_data_ptr() : nullptr, normed ? k_norm->const_data_ptr() : nullptr,
+                 k_cache.data_ptr(), v_cache.data_ptr(), places.const_data_ptr<int64_t>(), q.data_ptr(), t, heads, kv, d,
+                 float(eps)});
+  return q;
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
+                       const Tensor& query_start, const Tensor& seq_lens, double scale) {
+  if (!known(q))
+    return reference<Tensor>("folo_reference::paged_attention", q, k_cache, v_cache, block_tables, query_start,
+                             seq_lens, scale);
+  same_dtype(q, {&k_cache, &v_cache});
+  const Tensor rows = q.contiguous(), tables = block_tables.contiguous(), starts = query_start.contiguous(),
+               lens = seq_lens.contiguous();
+  TORCH_CHECK(tables.scalar_type() == at::kInt && starts.scalar_type() == at::kInt && lens.scalar_type() == at::kInt,
+              "block_tables, query_start and seq_lens are int32");
+  TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "the K and V caches are contiguous");
+  Tensor out = at::empty_like(rows);
+  kernels->attention({dtype_of(q), rows.const_data_ptr(), k_cache.const_data_ptr(), v_cache.const_data_ptr(),
+                      tables.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(),
+                      lens.const_data_ptr<int32_t>(), out.data_ptr(), lens.size(0), tables.size(1), k_cache.size(1),
+                      q.size(1), k_cache.size(2), q.size(2), float(scale)});
+  return out;
+}
+
+bool floats(const Tensor& logits) { return kernels && logits.scalar_type() == at::kFloat; }
+
+template <typename T>
+const T* column(const Tensor& x) {
+  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == c10::CppTypeToScalarType<T>::value,
+              "folo's sampler takes contiguous columns of ", c10::CppTypeToScalarType<T>::value, ", got ",
+              x.scalar_type());
+  return x.const_data_ptr<T>();
+}
+
+Tensor philox(const Tensor& seed, const Tensor& position, const Tensor& sample_index, int64_t purpose) {
+  if (!kernels) return reference<Tensor>("folo_reference::philox", seed, position, sample_index, purpose);
+  Tensor out = at::empty(seed.sizes(), seed.options().dtype(at::kFloat));
+  kernels->philox({column<int64_t>(seed), column<int64_t>(position), column<int64_t>(sample_index),
+                   out.data_ptr<float>(), purpose, seed.size(0)});
+  return out;
+}
+
+Tensor penalize(const Tensor& logits, const Tensor& history, const Tensor& history_start, const Tensor& prompt_len,
+                const Tensor& repetition, const Tensor& presence, const Tensor& frequency, const Tensor& bias_row,
+                const Tensor& bias_id, const Tensor& bias_value) {
+  if (!floats(logits))
+    return reference<Tensor>("folo_reference::penalize", logits, history, history_start, prompt_len, repetition,
+                             presence, frequency, bias_row, bias_id, bias_value);
+  const Tensor rows = logits.contiguous();
+  Tensor out = at::empty_like(rows);
+  kernels->penalize({rows.const_data_ptr<float>(), column<int64_t>(history), column<int64_t>(history_start),
+                     column<int64_t>(prompt_len), column<float>(repetition), column<float>(presence),
+                     column<float>(frequency), column<int64_t>(bias_row), column<int64_t>(bias_id),
+                     column<float>(bias_value), out.data_ptr<float>(), rows.size(0), rows.size(1), bias_id.size(0)});
+  return out;
+}
+
+Tensor warp(const Tensor& logits, const Tensor& temperature, const Tensor& min_p, const Tensor& top_k,
+            const Tensor& top_p, bool truncate) {
+  if (!floats(logits))
+    return reference<Tensor>("folo_reference::warp", logits, temperature, min_p, top_k, top_p, truncate);
+  const Tensor rows = logits.contiguous();
+  Tensor out = at::empty_like(rows);
+  kernels->warp({rows.const_data_ptr<float>(), column<float>(temperature), column<float>(min_p),
+                 column<int64_t>(top_k), column<float>(top_p), out.data_ptr<float>(), rows.size(0), rows.size(1)});
+  return out;
+}
+
+Tensor draw(const Tensor& logits, const Tensor& greedy, const Tensor& u) {
+  if (!floats(logits)) return reference<Tensor>("folo_reference::draw", logits, greedy, u);
+  const Tensor rows = logits.contiguous();
+  Tensor ids = at::empty({rows.size(0)}, rows.options().dtype(at::kLong));
+  kernels->draw({rows.const_data_ptr<float>(), column<bool>(greedy), column<float>(u), ids.data_ptr<int64_t>(),
+                 rows.size(0), rows.size(1)});
+  return ids;
+}
+
+Tensor log_softmax(const Tensor& logits) {
+  if (!floats(logits)) return reference<Tensor>("folo_reference::log_softmax", logits);
+  const Tensor rows = logits.contiguous();
+  Tensor out = at::empty_like(rows);
+  kernels->logprobs({rows.const_data_ptr<float>(), nullptr, out.data_ptr<float>(), nullptr, nullptr, nullptr, nullptr,
+                     rows.size(0), rows.size(1), 0});
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pick_logprobs(const Tensor& logits, const Tensor& ids, int64_t k) {
+  if (!floats(logits))
+    return reference<std::tuple<Tensor, Tensor, Tensor, Tensor>>("folo_reference::pick_logprobs", logits, ids, k);
+  const Tensor rows = logits.contiguous();
+  const int64_t r = rows.size(0);
+  Tensor logprob = at::empty({r}, rows.options()), top_logprobs = at::empty({r, k}, rows.options());
+  Tensor rank = at::empty({r}, ids.options()), top_ids = at::empty({r, k}, ids.options());
+  kernels->logprobs({rows.const_data_ptr<float>(), column<int64_t>(ids), nullptr, logprob.data_ptr<float>(),
+                     rank.data_ptr<int64_t>(), top_ids.data_ptr<int64_t>(), top_logprobs.data_ptr<float>(), r,
+                     rows.size(1), k});
+  return {logprob, rank, top_ids, top_logprobs};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(folo_cpu, m) {
+  m.def("instruction_sets() -> str[]", &instruction_sets);
+  m.def("use(str name) -> ()", &use);
+  m.def("in_use() -> str", &in_use);
+}
+
+TORCH_LIBRARY_IMPL(folo, CPU, m) {
+  m.impl("packed_linear", &packed_linear);
+  m.impl("linear", &linear);
+  m.impl("rms_norm", &rms_norm);
+  m.impl("add_rms_norm", &add_rms_norm);
+  m.impl("silu_mul", &silu_mul);
+  m.impl("qk_norm_rope_write", &qk_norm_rope_write);
+  m.impl("paged_attention", &paged_attention);
+  m.impl("philox", &philox);
+  m.impl("penalize", &penalize);
+  m.impl("warp", &warp);
+  m.impl("draw", &draw);
+  m.impl("log_softmax", &log_softmax);
+  m.impl("pick_logprobs", &pick_logprobs);
+}
+
+}  // namespace folo

@@ -1,0 +1,267 @@
+// The sampler's arithmetic, one row of logits after the other: what folo/ops/sampler.py describes.
+//
+// Cumulative weights are sums of integers there and here, so that they have one value in any order: a token's
+// weight is exp(logit - largest logit) in fixed point with 40 bits. No row is ever sorted whole: where an order
+// is asked for, tokens go into buckets by their distance from the largest logit, and only the bucket in which
+// the answer lies is looked at closely.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "rows.h"
+#include "simd.h"
+
+namespace folo::FOLO_ISA {
+namespace {
+
+constexpr float kBanned = -std::numeric_limits<float>::infinity();
+constexpr int64_t kNoToken = -1;
+constexpr int kPart = 256;       // logits whose weights are summed before they are looked at one by one
+constexpr int kBuckets = 2048;   // that part the range in which weights are not zero
+constexpr float kPerUnit = 64;   // buckets for each unit of logits
+
+// The largest of a row; NaN if one of them is NaN.
+float top_of(const float* x, int64_t v) {
+  Float tops = all(kBanned);
+  bool nan = false;
+  for (int64_t i = 0; i < v; i += kLanes) {
+    Float value = i + kLanes <= v ? load(x + i) : load(x + i, int(v - i), kBanned);
+    tops = max(tops, value);
+    nan |= has_nan(value);
+  }
+  return nan ? std::numeric_limits<float>::quiet_NaN() : largest(tops);
+}
+
+int64_t fixed_point(float weight) { return int64_t(weight * 0x1p40f); }
+
+// exp(x - top) of up to kPart logits.
+void weights_of(const float* x, int64_t count, float top, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, exp(load(x + i) - all(top)));
+  if (i < count) store(out + i, exp(load(x + i, int(count - i), kBanned) - all(top)), int(count - i));
+}
+
+int64_t total_of(const float* weights, int64_t count) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += fixed_point(weights[i]);
+  return total;
+}
+
+// The first token whose cumulative weight exceeds u times the total.
+int64_t draw_row(const float* x, int64_t v, bool greedy, float u) {
+  const float top = top_of(x, v);
+  if (!std::isfinite(top)) return kNoToken;
+  if (greedy) return std::find(x, x + v, top) - x;
+  float weights[kPart];
+  std::vector<int64_t> sums;
+  sums.reserve(size_t(v / kPart + 1));
+  int64_t total = 0;
+  for (int64_t at = 0; at < v; at += kPart) {
+    const int64_t count = std::min<int64_t>(kPart, v - at);
+    weights_of(x + at, count, top, weights);
+    sums.push_back(total_of(weights, count));
+    total += sums.back();
+  }
+  // floor(u * total), exactly: u = m / 2^24, and m * total would not fit 64 bits.
+  const int64_t m = int64_t(u * 0x1p24f);
+  int64_t left = m * (total >> 24) + ((m * (total & 0xFFFFFF)) >> 24);
+  size_t part = 0;
+  while (left >= sums[part]) left -= sums[part++];
+  const int64_t at = int64_t(part) * kPart, count = std::min<int64_t>(kPart, v - at);
+  weights_of(x + at, count, top, weights);
+  int64_t i = 0;
+  while ((left -= fixed_point(weights[i])) >= 0) ++i;
+  return at + i;
+}
+
+int bucket_of(float x, float top) { return int(std::min((top - x) * kPerUnit, float(kBuckets - 1))); }
+
+// The k-th largest of a row.
+float kth_of(const float* x, int64_t v, float top, int64_t k) {
+  std::vector<int64_t> counts(kBuckets, 0);
+  for (int64_t i = 0; i < v; ++i) ++counts[size_t(bucket_of(x[i], top))];
+  int bucket = 0;
+  while (k > counts[size_t(bucket)]) k -= counts[size_t(bucket++)];
+  std::vector<float> inside;
+  for (int64_t i = 0; i < v; ++i)
+    if (bucket_of(x[i], top) == bucket) inside.push_back(x[i]);
+  std::nth_element(inside.begin(), inside.begin() + (k - 1), inside.end(), std::greater<float>());
+  return inside[size_t(k - 1)];
+}
+
+// Ban all but the shortest prefix, by value descending, then id ascending, whose probability reaches top_p.
+void truncate_p(float* x, int64_t v, float top, float top_p) {
+  std::vector<int64_t> masses(kBuckets, 0);
+  std::vector<float> weights(static_cast<size_t>(v));
+  for (int64_t at = 0; at < v; at += kPart)
+    weights_of(x + at, std::min<int64_t>(kPart, v - at), top, weights.data() + at);
+  int64_t total = 0;
+  for (int64_t i = 0; i < v; ++i) {
+    const int64_t weight = fixed_point(weights[size_t(i)]);
+    masses[size_t(bucket_of(x[i], top))] += weight;
+    total += weight;
+  }
+  const double wanted = double(top_p) * double(total);
+  int64_t before = 0;
+  int bucket = 0;
+  while (bucket + 1 < kBuckets && double(before + masses[size_t(bucket)]) < wanted) before += masses[size_t(bucket++)];
+  std::vector<int64_t> inside;
+  for (int64_t i = 0; i < v; ++i) {
+    const int own = bucket_of(x[i], top);
+    if (own == bucket) inside.push_back(i);
+    if (own > bucket) x[i] = kBanned;
+  }
+  std::sort(inside.begin(), inside.end(), [&](int64_t a, int64_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; });
+  for (int64_t i : inside) {
+    const int64_t weight = fixed_point(weights[size_t(i)]);
+    if (double(before) >= wanted && before > 0) x[i] = kBanned;
+    before += weight;
+  }
+}
+
+void warp_row(const float* logits, int64_t v, float temperature, float min_p, int64_t top_k, float top_p, float* out) {
+  const Float scale = all(temperature == 0 ? 1.0f : temperature);
+  int64_t i = 0;
+  for (; i + kLanes <= v; i += kLanes) store(out + i, load(logits + i) / scale);
+  if (i < v) store(out + i, load(logits + i, int(v - i)) / scale, int(v - i));
+  if (min_p <= 0 && (top_k <= 0 || top_k >= v) && top_p >= 1) return;
+  const float top = top_of(out, v);
+  if (!std::isfinite(top)) return;  // `draw` refuses such a row
+  if (min_p > 0) {
+    float weights[kPart];
+    for (int64_t at = 0; at < v; at += kPart) {
+      const int64_t count = std::min<int64_t>(kPart, v - at);
+      weights_of(out + at, count, top, weights);
+      for (int64_t j = 0; j < count; ++j)
+        if (weights[j] < min_p) out[at + j] = kBanned;
+    }
+  }
+  if (top_k > 0 && top_k < v) {
+    const float least = kth_of(out, v, top, top_k);
+    for (int64_t j = 0; j < v; ++j)
+      if (out[j] < least) out[j] = kBanned;
+  }
+  if (top_p < 1) truncate_p(out, v, top, top_p);
+}
+
+// log(sum(exp(x - top)))
+float log_sum(const float* x, int64_t v, float top) {
+  Float total = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= v; i += kLanes) total = total + exp(load(x + i) - all(top));
+  if (i < v) total = total + exp(load(x + i, int(v - i), kBanned) - all(top));
+  return std::log(sum(total));
+}
+
+void log_softmax_row(const float* x, int64_t v, float* out) {
+  const float top = top_of(x, v), rest = log_sum(x, v, top);
+  int64_t i = 0;
+  for (; i + kLanes <= v; i += kLanes) store(out + i, load(x + i) - all(top) - all(rest));
+  for (; i < v; ++i) out[i] = x[i] - top - rest;
+}
+
+void pick_row(const Logprobs& a, int64_t row, float* logprobs) {
+  const float* x = a.logits + row * a.v;
+  log_softmax_row(x, a.v, logprobs);
+  const float own = logprobs[a.ids[row]];
+  int64_t rank = 1;
+  for (int64_t i = 0; i < a.v; ++i) rank += logprobs[i] > own;
+  a.logprob[row] = own;
+  a.rank[row] = rank;
+  if (!a.k) return;
+  std::vector<int64_t> best(static_cast<size_t>(a.k));  // a heap, the worst of them first
+  const auto better = [&](int64_t i, int64_t j) {
+    return logprobs[i] != logprobs[j] ? logprobs[i] > logprobs[j] : i < j;
+  };
+  for (int64_t i = 0; i < a.k; ++i) best[size_t(i)] = i;
+  std::make_heap(best.begin(), best.end(), better);
+  for (int64_t i = a.k; i < a.v; ++i) {
+    if (!(logprobs[i] > logprobs[best[0]])) continue;
+    std::pop_heap(best.begin(), best.end(), better);
+    best.back() = i;
+    std::push_heap(best.begin(), best.end(), better);
+  }
+  std::sort_heap(best.begin(), best.end(), better);
+  for (int64_t i = 0; i < a.k; ++i) {
+    a.top_ids[row * a.k + i] = best[size_t(i)];
+    a.top_logprobs[row * a.k + i] = logprobs[best[size_t(i)]];
+  }
+}
+
+uint32_t philox_word(uint64_t seed, uint32_t position, uint32_t sample, uint32_t purpose) {
+  uint32_t c[4] = {position, sample, purpose, 0}, k[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(0xD2511F53) * c[0], b = uint64_t(0xCD9E8D57) * c[2];
+    c[0] = uint32_t(b >> 32) ^ c[1] ^ k[0];
+    c[1] = uint32_t(b);
+    c[2] = uint32_t(a >> 32) ^ c[3] ^ k[1];
+    c[3] = uint32_t(a);
+    k[0] += 0x9E3779B9;
+    k[1] += 0xBB67AE85;
+  }
+  return c[0];
+}
+
+}  // namespace
+
+void philox(const Philox& a) {
+  for (int64_t row = 0; row < a.r; ++row) {
+    const uint32_t word = philox_word(uint64_t(a.seed[row]), uint32_t(a.position[row]), uint32_t(a.sample[row]),
+                                      uint32_t(a.purpose));
+    a.out[row] = float(word >> 8) * 0x1p-24f;
+  }
+}
+
+void penalize(const Penalize& a) {
+  std::copy(a.logits, a.logits + a.r * a.v, a.out);
+  std::vector<int32_t> seen(static_cast<size_t>(a.v), 0), count(static_cast<size_t>(a.v), 0);
+  for (int64_t row = 0; row < a.r; ++row) {
+    float* out = a.out + row * a.v;
+    const int64_t begin = a.history_start[row], end = a.history_start[row + 1];
+    for (int64_t i = begin; i < end; ++i) {
+      seen[size_t(a.history[i])] = 1;
+      count[size_t(a.history[i])] += i - begin >= a.prompt_len[row];
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const size_t token = size_t(a.history[i]);
+      if (!seen[token]) continue;
+      float x = out[token];
+      x = x < 0 ? x * a.repetition[row] : x / a.repetition[row];
+      if (count[token]) x = x - a.frequency[row] * float(count[token]) - a.presence[row];
+      out[token] = x;
+      seen[token] = count[token] = 0;
+    }
+  }
+  for (int64_t i = 0; i < a.num_biases; ++i) a.out[a.bias_row[i] * a.v + a.bias_id[i]] += a.bias_value[i];
+}
+
+void warp(const Warp& a) {
+#pragma omp parallel for schedule(dynamic) if (many(a.r, a.v))
+  for (int64_t row = 0; row < a.r; ++row)
+    warp_row(a.logits + row * a.v, a.v, a.temperature[row], a.min_p[row], a.top_k[row], a.top_p[row],
+             a.out + row * a.v);
+}
+
+void draw(const Draw& a) {
+#pragma omp parallel for schedule(dynamic) if (many(a.r, a.v))
+  for (int64_t row = 0; row < a.r; ++row) a.ids[row] = draw_row(a.logits + row * a.v, a.v, a.greedy[row], a.u[row]);
+}
+
+void logprobs(const Logprobs& a) {
+#pragma omp parallel if (many(a.r, a.v))
+  {
+    std::vector<float> scratch(a.ids ? size_t(a.v) : 0);
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < a.r; ++row) {
+      if (a.ids) {
+        pick_row(a, row, scratch.data());
+      } else {
+        log_softmax_row(a.logits + row * a.v, a.v, a.all + row * a.v);
+      }
+    }
+  }
+}
+
+}  // namespace folo::FOLO_ISA

@@ -1,0 +1,69 @@
+"""A linear weight in the layout that a backend's kernels read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+TILE = 16  # columns of the product that stand together
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight `[N, K]` in one of DTYPES as `Packed.data`."""
+    tail = -weight.shape[0] % TILE
+    if weight.dtype == torch.bfloat16:
+        pairs = F.pad(weight, (0, -weight.shape[1] % 32, 0, tail)).unflatten(1, (-1, 2))
+        return pairs.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+    return F.pad(weight, (0, 0, 0, tail)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight `[N, K]` in tiles of 16 rows, padded with zeros: the CPU kernels' layout.
+
+    data: `[ceil(N / 16), K, 16]` in float32 and float16; `[ceil(N / 16), ceil(K / 32) * 16, 16, 2]` in
+    bfloat16, whose instructions take two products at a time.
+    """
+
+    data: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Some of the weight's rows: index int64 `[T]` -> `[T, K]`."""
+        return self.data[index // TILE, :, index % TILE].flatten(1)[:, : self.shape[1]]
+
+    def plain(self) -> Tensor:
+        """The weight `[N, K]`."""
+        rows = self.data.transpose(1, 2).flatten(0, 1).flatten(1)
+        return rows[: self.shape[0], : self.shape[1]].contiguous()
+
+
+def _flatten(packed: Any) -> tuple[list[Any], Any]:
+    return [packed.data], packed.shape
+
+
+def _flatten_with_keys(packed: Any) -> tuple[list[Any], Any]:
+    return [(pytree.GetAttrKey("data"), packed.data)], packed.shape
+
+
+pytree.register_pytree_node(
+    Packed,
+    _flatten,
+    lambda children, shape: Packed(next(iter(children)), shape),
+    serialized_type_name="folo.Packed",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
