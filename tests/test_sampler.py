@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from folo.ops import draw, log_softmax, penalize, philox, pick_logprobs, warp
 from folo.ops.reduce import row_sum
-from folo.ops.sampler import NO_TOKEN, draw, log_softmax, penalize, philox, pick_logprobs, warp
+from folo.ops.sampler import NO_TOKEN
+
+pytestmark = pytest.mark.usefixtures("each_instruction_set")
 
 INF = math.inf
 LAST_U = 1 - 2.0**-24

@@ -146,12 +146,17 @@ void warp_row(const float* logits, int64_t v, float temperature, float min_p, in
   if (top_p < 1) truncate_p(out, v, top, top_p);
 }
 
-// log(sum(exp(x - top)))
+// log(sum(exp(x - top))). Sums of parts are summed: one long sum would lose what comes late.
 float log_sum(const float* x, int64_t v, float top) {
   Float total = zero();
-  int64_t i = 0;
-  for (; i + kLanes <= v; i += kLanes) total = total + exp(load(x + i) - all(top));
-  if (i < v) total = total + exp(load(x + i, int(v - i), kBanned) - all(top));
+  for (int64_t at = 0; at < v; at += 4 * kPart) {
+    const int64_t end = std::min<int64_t>(v, at + 4 * kPart);
+    Float part = zero();
+    int64_t i = at;
+    for (; i + kLanes <= end; i += kLanes) part = part + exp(load(x + i) - all(top));
+    if (i < end) part = part + exp(load(x + i, int(end - i), kBanned) - all(top));
+    total = total + part;
+  }
   return std::log(sum(total));
 }
 
