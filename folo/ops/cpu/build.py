@@ -26,10 +26,11 @@ _ISAS = {
     "avx2": _AVX2,
     "avx512": f"-DFOLO_AVX512 {_AVX512}",
     "avx512_bf16": f"-DFOLO_AVX512_BF16 {_AVX512} -mavx512bf16",
+    "amx": f"-DFOLO_AMX {_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 # Norms and the like have nothing to gain from bfloat16 products.
 _UNITS = {
-    "linear": ("avx2", "avx512", "avx512_bf16"),
+    "linear": ("avx2", "avx512", "avx512_bf16", "amx"),
     "attention": ("avx2", "avx512", "avx512_bf16"),
     "norm": ("avx2", "avx512"),
     "rope": ("avx2", "avx512"),
@@ -37,10 +38,15 @@ _UNITS = {
 }
 # -ffp-contract=off: what a compiler fuses, it fuses here and not there. -Wno-*uninitialized: gcc 12 finds
 # its own intrinsics at fault.
-_FLAGS = (
+_COMMON = (
     "-std=c++17 -O3 -fPIC -fopenmp -ffp-contract=off -Wall -Wextra -Werror -Wno-uninitialized "
     "-Wno-maybe-uninitialized"
 )
+
+
+def _flags() -> str:
+    """FOLO_EMULATE_AMX=1 tests the AMX kernels on a CPU without AMX: slowly, and with that CPU's rounding."""
+    return f"{_COMMON} -DFOLO_EMULATE_AMX" if os.environ.get("FOLO_EMULATE_AMX") else _COMMON
 
 
 class BuildError(Exception):
@@ -74,7 +80,7 @@ def _cache() -> Path:
 
 def _key(compiler: str) -> str:
     """What decides the library's bits: the sources, this file with its flags, compiler and torch."""
-    digest = sha256(f"{torch.__version__} {_version(compiler)}".encode())
+    digest = sha256(f"{torch.__version__} {_version(compiler)} {_flags()}".encode())
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"), Path(__file__)]):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
@@ -92,7 +98,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    root = Path(torch.__file__).parent
+    root, flags = Path(torch.__file__).parent, _flags()
     include = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
     # torch's own OpenMP: two of them would be two pools of threads.
     openmp = [*(root / "lib").glob("libgomp*"), *(root.parent / "torch.libs").glob("libgomp*")][:1]
@@ -101,10 +107,10 @@ def _compile(compiler: str, target: Path) -> None:
         for unit, isas in _UNITS.items():
             for isa in isas:
                 out = f"{directory}/{unit}.{isa}.o"
-                commands[out] = [*_FLAGS.split(), *_ISAS[isa].split(), "-c", f"{SOURCES / unit}.cpp"]
+                commands[out] = [*flags.split(), *_ISAS[isa].split(), "-c", f"{SOURCES / unit}.cpp"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         first = f"{directory}/library.o"
-        glue = [*_FLAGS.replace("c++17", "c++20").replace("-O3", "-O1").split(), abi, *include]
+        glue = [*flags.replace("c++17", "c++20").replace("-O3", "-O1").split(), abi, *include]
         commands = {first: [*glue, "-c", str(SOURCES / "library.cpp")], **commands}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda item: _run([compiler, *item[1], "-o", item[0]]), commands.items()))

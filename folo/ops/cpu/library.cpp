@@ -1,7 +1,10 @@
 // The kernels as torch operators: checks, output tensors, and the choice of the instruction set.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <cpuid.h>
+#include <sys/syscall.h>
 #include <torch/library.h>
+#include <unistd.h>
 
 #include <string>
 #include <vector>
@@ -36,6 +39,18 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_amx() {
+#ifdef FOLO_EMULATE_AMX
+  return has_avx512_bf16();
+#else
+  unsigned a, b, c, d;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  // The kernel hands out the registers' state on request: Linux 5.16 and newer.
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#endif
+}
 
 // Best first. What is the same source for two of them is compiled once.
 #define FOLO_KERNELS(NAME, NARROW, WIDE)                                                                        \
@@ -44,6 +59,8 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
         WIDE::penalize, WIDE::warp, WIDE::draw, WIDE::logprobs                                                 \
   }
 const Kernels kKernels[] = {
+    {"amx", has_amx, amx::linear, avx512::norm, avx512::silu_mul, avx512::rope, avx512_bf16::attention, avx512::philox,
+     avx512::penalize, avx512::warp, avx512::draw, avx512::logprobs},
     FOLO_KERNELS(avx512_bf16, avx512_bf16, avx512),
     FOLO_KERNELS(avx512, avx512, avx512),
     FOLO_KERNELS(avx2, avx2, avx2),

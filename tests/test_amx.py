@@ -1,0 +1,43 @@
+"""The AMX kernels on a CPU without AMX: the same source, over tiles in memory that do what the manual says.
+
+It shows that rows, columns and tails find their places and that the contract holds; not what the hardware
+rounds. A CPU with AMX runs the kernels themselves in every other test.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from folo.ops import cpu
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" not in cpu.instruction_sets(), reason="the emulation needs AVX-512 and bf16"
+)
+def test_the_linear_ops_tests_pass_on_emulated_tiles() -> None:
+    tests = Path(__file__).parent
+    files = [str(tests / name) for name in ("test_ops_contract.py", "test_ops_accuracy.py")]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "linear and amx and dtype1",
+            *files,
+        ],
+        env={**os.environ, "FOLO_EMULATE_AMX": "1", "FOLO_CPU_ISA": "amx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.stdout.count(".") >= 20, done.stdout
