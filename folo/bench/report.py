@@ -35,17 +35,17 @@ def environment(params: Params | None = None) -> dict[str, Any]:
     import torch
 
     import folo
+    from folo.ops.arithmetic import arithmetic
 
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
         "cores": _num_cores(),
         "threads": torch.get_num_threads(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "folo": folo.__version__,
+        **arithmetic(torch.device("cpu") if params is None else params.device),
     }
     if params is not None:
         found |= {

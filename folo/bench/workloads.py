@@ -10,9 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from folo import ops
 from folo.model.config import DecoderConfig, RopeConfig
 from folo.model.params import Layer, Linear, Params
+from folo.ops.packed import Packed
 from folo.request import Request
 from folo.sampling import SamplingParams
 
@@ -145,3 +148,57 @@ def miniature(num_positions: int = 1024, vocab_size: int = 64) -> Params:
         down=square,
     )
     return Params(embed=torch.zeros(vocab_size, 2), layers=(layer,), norm=norm, lm_head=None, config=config)
+
+
+QWEN3_600M = DecoderConfig(
+    architecture="Qwen3ForCausalLM",
+    vocab_size=151_936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_layers=28,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    max_position_embeddings=40_960,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(theta=1e6),
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=True,
+    tie_word_embeddings=True,
+    dtype=torch.bfloat16,
+)
+
+
+def random_model(config: DecoderConfig, seed: int = 0) -> Params:
+    """A decoder without biases, of random weights, packed: for what they cost, not what they say."""
+    numbers = torch.Generator().manual_seed(seed)
+    heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+
+    def weight(outputs: int, inputs: int) -> Tensor | Packed:
+        plain = torch.empty(outputs, inputs, dtype=config.dtype).normal_(0, inputs**-0.5, generator=numbers)
+        return ops.packed(plain)
+
+    def norm(length: int) -> Tensor:
+        return torch.ones(length, dtype=config.dtype)
+
+    def layer() -> Layer:
+        return Layer(
+            input_norm=norm(config.hidden_size),
+            qkv=Linear(weight((heads + 2 * kv_heads) * size, config.hidden_size)),
+            q_norm=norm(size) if config.qk_norm else None,
+            k_norm=norm(size) if config.qk_norm else None,
+            out=Linear(weight(config.hidden_size, heads * size)),
+            post_norm=norm(config.hidden_size),
+            gate_up=Linear(weight(2 * config.intermediate_size, config.hidden_size)),
+            down=Linear(weight(config.hidden_size, config.intermediate_size)),
+        )
+
+    return Params(
+        embed=weight(config.vocab_size, config.hidden_size),
+        layers=tuple(layer() for _ in range(config.num_layers)),
+        norm=norm(config.hidden_size),
+        lm_head=None,
+        config=config,
+    )

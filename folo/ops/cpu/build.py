@@ -44,9 +44,15 @@ _COMMON = (
 )
 
 
+# For tests. FOLO_EMULATE_AMX=1: the AMX kernels on a CPU without AMX. FOLO_SANITIZE=1: see `make sanitize`.
+_VARIANTS = {
+    "FOLO_EMULATE_AMX": "-DFOLO_EMULATE_AMX",
+    "FOLO_SANITIZE": "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g",
+}
+
+
 def _flags() -> str:
-    """FOLO_EMULATE_AMX=1 tests the AMX kernels on a CPU without AMX: slowly, and with that CPU's rounding."""
-    return f"{_COMMON} -DFOLO_EMULATE_AMX" if os.environ.get("FOLO_EMULATE_AMX") else _COMMON
+    return " ".join([_COMMON, *(flags for name, flags in _VARIANTS.items() if os.environ.get(name))])
 
 
 class BuildError(Exception):
@@ -115,7 +121,14 @@ def _compile(compiler: str, target: Path) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda item: _run([compiler, *item[1], "-o", item[0]]), commands.items()))
         partial = f"{directory}/kernels.so"
-        libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *map(str, openmp or ["-lgomp"])]
+        sanitizers = _VARIANTS["FOLO_SANITIZE"].split()[:1] if os.environ.get("FOLO_SANITIZE") else []
+        libraries = [
+            *sanitizers,
+            f"-L{root / 'lib'}",
+            "-ltorch_cpu",
+            "-lc10",
+            *map(str, openmp or ["-lgomp"]),
+        ]
         _run([compiler, "-shared", *commands, *libraries, "-o", partial])
         os.replace(partial, target)
 

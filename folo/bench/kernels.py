@@ -1,0 +1,241 @@
+"""`folo bench kernels`: what each op reaches of what the machine allows, op by op and shape by shape.
+
+The roofline is measured in the same run: the rate at which memory is read, and the rate of torch's bfloat16
+product of two large matrices. An op's bound is the larger of its bytes over the one and its operations over
+the other. Every op runs on data that caches do not hold: on copies in turn that together exceed them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from folo.bench import report
+
+if TYPE_CHECKING:
+    pass
+
+_BYTES = 192 << 20  # that copies of an op's data come to: more than a cache holds
+_MOST = 400  # copies
+_REPEATS = 5
+_BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The linear layers `[N, K]` of a decoder layer, and the heads of its attention."""
+
+    name: str
+    linears: dict[str, tuple[int, int]]
+    heads: tuple[int, int, int]  # query heads, KV heads, head dimension
+
+
+SHAPES = (
+    Shape(
+        "SmolLM2-135M",
+        {
+            "qkv": (960, 576),
+            "out": (576, 576),
+            "gate_up": (3072, 576),
+            "down": (576, 1536),
+            "head": (49152, 576),
+        },
+        (9, 3, 64),
+    ),
+    Shape(
+        "Qwen3-0.6B",
+        {
+            "qkv": (4096, 1024),
+            "out": (1024, 2048),
+            "gate_up": (6144, 1024),
+            "down": (1024, 3072),
+            "head": (151936, 1024),
+        },
+        (16, 8, 128),
+    ),
+)
+ROWS = (1, 32, 256)
+CONTEXTS = (256, 4096)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Bytes a second that can be read, and bfloat16 operations a second, both by torch."""
+
+    read: float
+    multiply: float
+
+    def seconds(self, num_bytes: float, operations: float) -> float:
+        return max(num_bytes / self.read, operations / self.multiply)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The median time of an op, its bytes and operations, and what share of the roofline that is."""
+
+    model: str
+    op: str
+    shape: str
+    seconds: float
+    num_bytes: float
+    operations: float
+    share: float
+
+
+# Calls to time, each on data of its own; the bytes of one, and its operations.
+Work = tuple[Sequence[Callable[[], object]], float, float]
+
+
+def _times(work: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of one call, over all of them in turn, in ascending order."""
+    times = []
+    for _ in range(_REPEATS):
+        begin = time.perf_counter()
+        for call in work:
+            call()
+        times.append((time.perf_counter() - begin) / len(work))
+    return sorted(times)
+
+
+def roofline() -> Roofline:
+    import torch
+
+    memory = torch.ones(_BYTES // 8, dtype=torch.int64)
+    square = torch.ones(2048, 2048, dtype=torch.bfloat16)
+    read = _times([memory.max] * 3)[0]
+    multiply = _times([partial(torch.mm, square, square)] * 3)[0]
+    return Roofline(_BYTES / read, 2 * 2048**3 / multiply)
+
+
+def _linear(n: int, k: int, rows: int) -> Work:
+    import torch
+
+    from folo import ops
+
+    size = 2 * n * k
+    x = torch.ones(rows, k, dtype=torch.bfloat16)
+    count = min(_MOST, max(2, _BYTES // size))
+    weights = [ops.packed(torch.ones(n, k, dtype=torch.bfloat16)) for _ in range(count)]
+    return [partial(ops.linear, x, w) for w in weights], size + 2 * rows * (k + n), 2 * rows * n * k
+
+
+def _attention(heads: tuple[int, int, int], batch: int, context: int, queries: int) -> Work:
+    import torch
+
+    from folo import ops
+
+    num_heads, num_kv_heads, head_dim = heads
+    blocks = -(-context // _BLOCK_SIZE)
+    size = 4 * batch * context * num_kv_heads * head_dim
+    numbers = torch.Generator().manual_seed(0)
+    count = min(_MOST, max(2, _BYTES // size))
+    starts = torch.arange(batch + 1, dtype=torch.int32) * queries
+    lengths = torch.full((batch,), context, dtype=torch.int32)
+    q = torch.ones(batch * queries, num_heads, head_dim, dtype=torch.bfloat16)
+
+    def call() -> Callable[[], object]:
+        k, v = torch.ones(2, batch * blocks, _BLOCK_SIZE, num_kv_heads, head_dim, dtype=torch.bfloat16)
+        tables = torch.randperm(batch * blocks, generator=numbers).int().view(batch, blocks)
+        return lambda: ops.paged_attention(q, k, v, tables, starts, lengths, head_dim**-0.5)
+
+    pairs = batch * sum(context - n for n in range(queries))  # of a query and a key that it sees
+    num_bytes = size + 4 * batch * queries * num_heads * head_dim
+    return [call() for _ in range(count)], num_bytes, 4 * pairs * num_heads * head_dim
+
+
+def cases(shape: Shape) -> list[tuple[str, str, Callable[[], Work]]]:
+    """Op, shape and what makes its calls."""
+    found: list[tuple[str, str, Callable[[], Work]]] = []
+    for rows in ROWS:
+        for name, (n, k) in shape.linears.items():
+            text = f"{name} [{rows}, {k}] x [{k}, {n}]"
+            found.append(("linear", text, partial(_linear, n, k, rows)))
+    for context in CONTEXTS:
+        for batch in (1, 16):
+            text = f"decode, {batch} x {context} tokens"
+            found.append(("attention", text, partial(_attention, shape.heads, batch, context, 1)))
+    found.append(("attention", "prefill, 1 x 2048 tokens", partial(_attention, shape.heads, 1, 2048, 2048)))
+    return found
+
+
+def measure(shape: Shape, roof: Roofline, each: Callable[[], object]) -> list[Result]:
+    results = []
+    for op, text, make in cases(shape):
+        work, num_bytes, operations = make()
+        for call in work:
+            call()  # once, so that no page is new
+        seconds = _times(work)[_REPEATS // 2]
+        bound = roof.seconds(num_bytes, operations)
+        results.append(Result(shape.name, op, text, seconds, num_bytes, operations, bound / seconds))
+        each()
+    return results
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "kernels",
+        help="what each op reaches of the roofline",
+        description="Time the linear layers and attention of two models in bfloat16, against the rates of "
+        "reading memory and of torch's matrix product, which the same run measures.",
+        allow_abbrev=False,
+    )
+    report.add_output_options(parser, plot=True)
+    parser.set_defaults(run=_run)
+
+
+def plot(results: list[Result], roof: Roofline, path: str) -> None:
+    """Operations a second against operations a byte, under the roofline."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    intensity = [2.0**e for e in range(-2, 12)]
+    bound = [min(roof.multiply, roof.read * i) / 1e9 for i in intensity]
+    axes.plot(intensity, bound, color="black", label="roofline")
+    colours = {"linear": report.BLUE, "attention": report.ORANGE}
+    for op, colour in colours.items():
+        own = [result for result in results if result.op == op]
+        x = [result.operations / result.num_bytes for result in own]
+        axes.plot(x, [r.operations / r.seconds / 1e9 for r in own], "o", color=colour, label=op, markersize=4)
+    axes.set(
+        xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title="Kernels in bfloat16"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    import folo  # noqa: F401 (registers the ops)
+
+    roof = roofline()
+    results: list[Result] = []
+    with tqdm(total=sum(len(cases(shape)) for shape in SHAPES), desc="Kernels", unit="op") as bar:
+        for shape in SHAPES:
+            results += measure(shape, roof, bar.update)
+    rows = [
+        [
+            r.model,
+            r.op,
+            r.shape,
+            f"{1e6 * r.seconds:,.0f}",
+            f"{r.num_bytes / r.seconds / 1e9:.1f}",
+            f"{r.operations / r.seconds / 1e9:,.0f}",
+            f"{100 * r.share:.0f} %",
+        ]
+        for r in results
+    ]
+    print(report.table(["model", "op", "shape", "us", "GB/s", "GFLOP/s", "of the roofline"], rows))
+    print(f"\nroofline: {roof.read / 1e9:.1f} GB/s read, {roof.multiply / 1e9:,.0f} GFLOP/s in bfloat16")
+    if args.json:
+        content = {"roofline": asdict(roof), "ops": [asdict(result) for result in results]}
+        report.write_json(args.json, "kernels", content)
+    if args.plot:
+        plot(results, roof, args.plot)
+    report.print_files(args)

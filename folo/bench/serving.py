@@ -1,0 +1,199 @@
+"""`folo bench latency | throughput | prefix | prefill`: how fast requests are served.
+
+The workloads are token ids from a seeded generator, greedy and of fixed lengths, so that every engine that
+runs them does the same work: one request of 128 in, 128 out (latency); 32 of them, and 64 of mixed lengths
+(throughput); 32 that share 512 tokens, at once, on a cold cache (prefix); one of 2,048 in (prefill).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from folo.bench import report
+
+if TYPE_CHECKING:
+    import folo
+
+REPEATS = 5
+_IDS = (100, 40_000)  # token ids are drawn from here, or from where the vocabulary ends: none is special
+_BLOCK_SIZE = 16
+
+Prompts = list[tuple[list[int], int]]  # token ids, and how many tokens to generate
+
+
+def workload(name: str, vocab_size: int) -> Prompts:
+    """The prompts of "latency", "throughput", "mixed", "prefix" or "prefill"."""
+    import numpy as np
+
+    numbers, (low, high) = np.random.default_rng(0), _IDS
+
+    def ids(length: int) -> list[int]:
+        return numbers.integers(low, min(high, vocab_size), size=length).tolist()
+
+    if name == "latency":
+        return [(ids(128), 128)]
+    if name == "throughput":
+        return [(ids(128), 128) for _ in range(32)]
+    if name == "mixed":
+        lengths = numbers.integers(16, 513, size=64), numbers.integers(16, 257, size=64)
+        return [(ids(int(given)), int(wanted)) for given, wanted in zip(*lengths, strict=True)]
+    if name == "prefix":
+        shared = ids(512)
+        return [(shared + ids(32), 32) for _ in range(32)]
+    assert name == "prefill", name
+    return [(ids(2048), 1)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A workload from the first submit to the last token. Seconds; `steps` are (seconds, tokens) each."""
+
+    total: float
+    first_token: float
+    steps: tuple[tuple[float, int], ...]
+    num_prompt: int
+    num_output: int
+
+    @property
+    def output_rate(self) -> float:
+        """Output tokens a second, prefill included."""
+        return self.num_output / self.total
+
+    @property
+    def decode_rate(self) -> float:
+        """Output tokens a second after the first one, of a single request."""
+        return (self.num_output - 1) / (self.total - self.first_token)
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens a second until the first token."""
+        return self.num_prompt / self.first_token
+
+
+def serve(params: folo.Params, prompts: Prompts, step: folo.Step) -> Run:
+    """Run a workload on a new state."""
+    import folo
+
+    num_blocks = sum(-(-(len(ids) + wanted) // _BLOCK_SIZE) for ids, wanted in prompts)
+    state = folo.init(params, folo.CacheConfig(_BLOCK_SIZE, num_blocks))
+    steps: list[tuple[float, int]] = []
+    begin, first = time.perf_counter(), 0.0
+    for number, (ids, wanted) in enumerate(prompts):
+        sampling = folo.SamplingParams(temperature=0, max_tokens=wanted, ignore_eos=True)
+        state = folo.submit(state, folo.Request(ids, sampling, str(number)))
+    before = begin
+    while (batch := folo.schedule(state)) is not None:
+        state, tokens = step(params, state, batch)
+        now = time.perf_counter()
+        if not first and tokens.request_ids:
+            first = now - begin
+        steps.append((now - before, batch.num_tokens))
+        before = now
+    num_prompt, num_output = (sum(column) for column in zip(*[(len(i), n) for i, n in prompts], strict=True))
+    return Run(before - begin, first, tuple(steps), num_prompt, num_output)
+
+
+# What each benchmark shows of its workloads: heading, and the number in a run.
+_Figure = tuple[str, Callable[[Run], float]]
+_FIGURES: dict[str, tuple[_Figure, ...]] = {
+    "latency": (
+        ("TTFT, ms", lambda run: 1e3 * run.first_token),
+        ("time per token, ms", lambda run: 1e3 / run.decode_rate),
+        ("decode tokens/s", lambda run: run.decode_rate),
+    ),
+    "throughput": (
+        ("output tokens/s", lambda run: run.output_rate),
+        ("TTFT, ms", lambda run: 1e3 * run.first_token),
+        ("total, s", lambda run: run.total),
+    ),
+    "prefix": (
+        ("total, s", lambda run: run.total),
+        ("TTFT, ms", lambda run: 1e3 * run.first_token),
+    ),
+    "prefill": (
+        ("prompt tokens/s", lambda run: run.prompt_rate),
+        ("TTFT, ms", lambda run: 1e3 * run.first_token),
+    ),
+}
+_WORKLOADS = {name: ("throughput", "mixed") if name == "throughput" else (name,) for name in _FIGURES}
+_HELP = {
+    "latency": "one request of 128 tokens in, 128 out",
+    "throughput": "32 requests of 128 in, 128 out, and 64 of mixed lengths",
+    "prefix": "32 requests that share 512 tokens, on a cold cache",
+    "prefill": "one prompt of 2,048 tokens",
+}
+
+
+def plot(runs: dict[str, list[Run]], path: str) -> None:
+    """The time of every step of the median run, and how many tokens it computed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2 * len(runs)), layout="constrained")
+    panels = figure.subplots(len(runs), squeeze=False)[:, 0]
+    for axes, (workload_name, own) in zip(panels, runs.items(), strict=True):
+        run = sorted(own, key=lambda run: run.total)[len(own) // 2]
+        seconds, tokens = zip(*run.steps, strict=True)
+        marks = axes.scatter(range(len(seconds)), [1e3 * s for s in seconds], c=tokens, s=14, cmap="viridis")
+        figure.colorbar(marks, ax=axes, label="tokens in the step")
+        axes.set(xlabel="step", ylabel="ms", title=f"{workload_name}: time of each step")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def register(commands: Any) -> None:
+    for name, text in _HELP.items():
+        parser = commands.add_parser(name, help=text, description=f"Serve {text}.", allow_abbrev=False)
+        report.add_model_option(parser)
+        parser.add_argument(
+            "--shape",
+            choices=("qwen3-0.6b",),
+            help="random bfloat16 weights of this shape, in place of a model",
+        )
+        parser.add_argument("--mode", default="auto", help="as folo.compile takes it (default: %(default)s)")
+        parser.add_argument("--repeats", type=report.positive, default=REPEATS, metavar="N")
+        report.add_output_options(parser, plot=True)
+        parser.set_defaults(run=partial(_run, name))
+
+
+def _run(name: str, args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    import folo
+    from folo.bench.workloads import QWEN3_600M, random_model
+
+    params = random_model(QWEN3_600M) if args.shape else folo.load(args.model)
+    step = folo.compile(folo.step, mode=args.mode)
+    runs: dict[str, list[Run]] = {}
+    with tqdm(total=len(_WORKLOADS[name]) * (1 + args.repeats), desc=name.capitalize(), unit="run") as bar:
+        for workload_name in _WORKLOADS[name]:
+            prompts = workload(workload_name, params.config.vocab_size)
+            runs[workload_name] = []
+            for number in range(1 + args.repeats):
+                run = serve(params, prompts, step)
+                runs[workload_name] += [run] if number else []  # the first one warms up
+                bar.update()
+    print(report.table(*_table(name, runs)))
+    if args.json:
+        results = {key: [asdict(run) for run in own] for key, own in runs.items()}
+        report.write_json(args.json, name, results, params)
+    if args.plot:
+        plot(runs, args.plot)
+    report.print_files(args)
+
+
+def _table(name: str, runs: dict[str, list[Run]]) -> tuple[Sequence[str], list[list[str]]]:
+    """Medians, and the range of the first figure."""
+    figures = _FIGURES[name]
+    rows = []
+    for workload_name, own in runs.items():
+        values = [[figure(run) for run in own] for _, figure in figures]
+        spread = f"{min(values[0]):.4g} to {max(values[0]):.4g}"
+        rows.append([workload_name, *(f"{median(column):.4g}" for column in values), spread])
+    return ["workload", *(heading for heading, _ in figures), f"{figures[0][0]}: range"], rows
