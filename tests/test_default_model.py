@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,3 +107,27 @@ def test_alone_and_together_are_bit_identical(prompts: list[list[int]], temperat
     for request in requests:
         alone = run(params, [request], folo.CacheConfig(num_blocks=400))[request.id]
         assert alone.outputs == together[request.id].outputs, "tokens and logprobs, compared as floats"
+
+
+_MEMORY = """
+import torch
+import folo
+
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+torch.compile(lambda x: x + 1)(torch.ones(3))
+before = anonymous()
+params = folo.load(use_tqdm=False)
+print((anonymous() - before) / params.num_bytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_after_loading_is_the_weights_and_little_more() -> None:
+    """Packed weights replace the plain ones, and loading leaves no holes: at most 1.15 times the weights."""
+    done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True)
+    assert 1 <= float(done.stdout) <= 1.15

@@ -144,7 +144,7 @@ def test_rope_angles_depend_on_the_position_alone(frequencies: int) -> None:
     check_rows(lambda op, rows: (op.rope_angles(positions[rows], inv_freq),))
 
 
-HEADS = ((16, 1, 2), (64, 2, 1), (80, 3, 2), (128, 8, 1), (64, 1, 3))
+HEADS = ((16, 1, 2), (64, 2, 1), (80, 3, 2), (96, 5, 1), (128, 8, 1), (256, 7, 1), (64, 1, 3))
 """(head_dim, query heads of a KV head, KV heads)"""
 
 

@@ -12,12 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from folo.bench import report
-
-if TYPE_CHECKING:
-    pass
 
 _BYTES = 192 << 20  # that copies of an op's data come to: more than a cache holds
 _MOST = 400  # copies

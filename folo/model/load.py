@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -89,6 +90,12 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _fused(config: DecoderConfig) -> int:
+    """Elements of the larger of a layer's fused weights."""
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return config.hidden_size * max(qkv, 2 * config.intermediate_size)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return SafetensorsDirectory(path)
@@ -145,18 +152,27 @@ def _assemble(
     shapes = tensor_shapes(config)
     with tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=not use_tqdm) as progress:
 
-        def stack(*names: str) -> Tensor:
+        def stack(*names: str, memory: Tensor | None = None) -> Tensor:
             """The named tensors, one below the other."""
             heights = [shapes[name][0] for name in names]
-            out = torch.empty((sum(heights), *shapes[names[0]][1:]), dtype=config.dtype, device=device)
+            shape = (sum(heights), *shapes[names[0]][1:])
+            if memory is None:
+                out = torch.empty(shape, dtype=config.dtype, device=device)
+            else:
+                out = memory[: math.prod(shape)].view(shape)
             for name, part in zip(names, out.split(heights), strict=True):
                 checkpoint.read(name, part)
                 progress.update()
             return out
 
+        # One buffer for all weights before they are packed: many that come and go leave holes in memory.
+        buffer = None
+        if pack and ops.packable(config.dtype, device):
+            largest = max(math.prod(shape) for shape in shapes.values())
+            buffer = torch.empty(max(largest, _fused(config)), dtype=config.dtype)
+
         def laid_out(*names: str) -> Tensor | Packed:
-            weight = stack(*names)
-            return ops.packed(weight) if pack else weight
+            return stack(*names) if buffer is None else ops.packed(stack(*names, memory=buffer))
 
         def linear(*modules: str) -> Linear:
             weight = laid_out(*(f"{module}.weight" for module in modules))
@@ -176,12 +192,10 @@ def _assemble(
                 down=linear(f"{mlp}.down_proj"),
             )
 
-        # The largest first: packing takes a second copy.
-        head = None if config.tie_word_embeddings else linear("lm_head")
         return Params(
             embed=(laid_out if config.tie_word_embeddings else stack)("model.embed_tokens.weight"),
             layers=tuple(layer(f"model.layers.{index}") for index in range(config.num_layers)),
             norm=stack("model.norm.weight"),
-            lm_head=head,
+            lm_head=None if config.tie_word_embeddings else linear("lm_head"),
             config=config,
         )

@@ -52,9 +52,14 @@ def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Te
     return _linear(x, weight, bias)
 
 
+def packable(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels that run there have a layout of their own for weights of this dtype."""
+    return device.type == "cpu" and dtype in DTYPES and cpu.instruction_set() != cpu.REFERENCE
+
+
 def packed(weight: Tensor) -> Tensor | Packed:
-    """A weight `[N, K]` in the layout of the kernels that run where it lies; as it is if they have none."""
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES or cpu.instruction_set() == cpu.REFERENCE:
+    """A copy of a weight `[N, K]` in the kernels' layout; the weight itself if it is not `packable`."""
+    if not packable(weight.dtype, weight.device):
         return weight
     return Packed(_pack(weight), (weight.shape[0], weight.shape[1]))
 

@@ -16,11 +16,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def pack(weight: Tensor) -> Tensor:
     """A weight `[N, K]` in one of DTYPES as `Packed.data`."""
-    tail = -weight.shape[0] % TILE
-    if weight.dtype == torch.bfloat16:
-        pairs = F.pad(weight, (0, -weight.shape[1] % 32, 0, tail)).unflatten(1, (-1, 2))
-        return pairs.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
-    return F.pad(weight, (0, 0, 0, tail)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+    paired = weight.dtype == torch.bfloat16
+    tail, rest = -weight.shape[0] % TILE, -weight.shape[1] % 32 if paired else 0
+    if tail or rest:  # F.pad copies in any case
+        weight = F.pad(weight, (0, rest, 0, tail))
+    rows = weight.unflatten(1, (-1, 2)) if paired else weight
+    packed = rows.unflatten(0, (-1, TILE)).transpose(1, 2)
+    return packed.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, eq=False)
