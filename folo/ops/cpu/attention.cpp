@@ -15,7 +15,9 @@
 
 #include "blocks.h"
 #include "kernels.h"
+#include "products.h"
 #include "rows.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace folo::FOLO_ISA {
@@ -29,126 +31,11 @@ constexpr int kValueRows = kLanes == 16 ? 6 : 3;
 constexpr int kValueVectors = 4;                // of the head dimension that a block of rows sums at once
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// [kLanes rows] of kLanes floats, transposed.
-inline void transpose(Float (&x)[kLanes]) {
-#ifdef __AVX512F__
-  __m512 t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
-    t[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
-  }
-  __m512 u[16];
-  for (int i = 0; i < 16; i += 4) {
-    u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-    u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
-    u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
-  }
-  for (int i = 0; i < 4; ++i) {
-    __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88), b = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
-    __m512 c = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xDD), d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xDD);
-    x[i].v = _mm512_shuffle_f32x4(a, b, 0x88);
-    x[i + 8].v = _mm512_shuffle_f32x4(a, b, 0xDD);
-    x[i + 4].v = _mm512_shuffle_f32x4(c, d, 0x88);
-    x[i + 12].v = _mm512_shuffle_f32x4(c, d, 0xDD);
-  }
-#else
-  __m256 t[8], u[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
-    t[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
-    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
-  }
-  for (int i = 0; i < 4; ++i) {
-    x[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
-    x[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
-  }
-#endif
-}
-
-// How products of two rows go: what q, K and V are turned into, one Unit at a time, and what they add.
-template <typename T>
-struct Wide {  // in float32
-  using Unit = float;
-  static constexpr int kPer = 1;  // elements of a Unit
-  using Weight = float;
-  static constexpr int kParts = 1;
-  static Float unit(const T* x, int count) { return count == kLanes ? load(x) : load(x, count); }
-  static Float values(const T* a, int count) { return unit(a, count); }
-  static Float step(Float sum, Float many, float one) { return fma(many, all(one), sum); }
-};
-#if defined(FOLO_AVX512_BF16) || defined(FOLO_AMX)
-struct Paired {  // bfloat16, two products at a time
-  using Unit = uint32_t;
-  static constexpr int kPer = 2;
-  using Weight = bf16;
-  static constexpr int kParts = 2;  // a weight is the sum of two, or its rounding would show
-  static Float unit(const bf16* x, int count) {
-    __mmask16 mask = __mmask16((1u << count) - 1);
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi32(mask, x))};
-  }
-  // Two rows, element by element: 32 of them, as two vectors.
-  static void values(const bf16* a, const bf16* b, float* out) {
-    alignas(64) static const uint16_t kOrder[64] = {
-        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
-        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-    __m512i x = _mm512_loadu_si512(a), y = b ? _mm512_loadu_si512(b) : _mm512_setzero_si512();
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(x, _mm512_load_si512(kOrder), y));
-    _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(x, _mm512_load_si512(kOrder + 32), y));
-  }
-  static Float values(const bf16* a, const bf16* b, int count) {
-    __mmask16 mask = __mmask16((1u << count) - 1);
-    __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a));
-    __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(b ? mask : __mmask16(0), b));
-    return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
-  }
-  static Float step(Float sum, Float many, uint32_t one) {
-    __m512i ones = _mm512_set1_epi32(int(one));
-    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(_mm512_castps_si512(many.v)),
-                             reinterpret_cast<__m512bh>(ones))};
-  }
-};
-#endif
-template <typename T>
-struct Arithmetic : Wide<T> {};
-#if defined(FOLO_AVX512_BF16) || defined(FOLO_AMX)
-template <>
-struct Arithmetic<bf16> : Paired {};
-#endif
-
 inline int64_t padded(int64_t x) { return (x + 15) / 16 * 16; }
 
 // What a query tile has gathered of the keys so far, or of one tile of them.
 struct Part {
   float *top, *total, *sums;  // [rows], [rows], [rows, width]
-};
-
-// A thread's scratch memory: 64-byte aligned.
-class Scratch {
- public:
-  template <typename T>
-  T* take(int64_t count) {
-    int64_t at = used_;
-    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return memory_ ? reinterpret_cast<T*>(memory_.get() + at) : nullptr;
-  }
-  void allocate() {
-    memory_.reset(static_cast<char*>(std::aligned_alloc(64, size_t(used_))));
-    used_ = 0;
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  int64_t used_ = 0;
 };
 
 // Some query rows of one KV head of one sequence.
