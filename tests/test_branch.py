@@ -265,6 +265,17 @@ def test_max_tokens_goes_on_counting_from_the_prompt(tiny: folo.Params) -> None:
         folo.fork(state, "a", ["b"], keep=15, append=[4] * 14)
 
 
+def test_a_forced_stop_token_has_its_text_since_it_stopped_nothing(tiny: folo.Params, tokenizer: Any) -> None:
+    sampling = replace(LONG, stop_token_ids=(100,))
+    state = folo.init(tiny, SMALL, tokenizer=tokenizer)
+    state = folo.fork(
+        folo.submit(state, folo.Request(prompt(9), sampling, "a")), "a", ["b"], append=[50, 100]
+    )
+    ended = folo.outputs(folo.finish(state, "b", "stop"))["b"].outputs[0]
+    assert (ended.token_ids, ended.finish_reason) == ([50, 100], "stop")
+    assert ended.text == folo.outputs(state)["b"].outputs[0].text == tokenizer.decode([50, 100])
+
+
 @pytest.mark.parametrize(
     "forced",
     [(4, 9), np.array([4, 9]), torch.tensor([4, 9]), [torch.tensor([4, 9])], [np.array([4, 9])]],

@@ -137,7 +137,8 @@ def _stopped(tokenizer: Any, sequence: Sequence, token: int) -> dict[str, Any]:
         if text is not None and params.include_stop_str_in_output:
             text = detokenize.advance(tokenizer, text, (token,))
         chosen = token in (params.stop_token_ids or ())
-        return {"text": text, "finish_reason": "stop", "stop_reason": token if chosen else None}
+        reason = token if chosen else None
+        return {"text": text, "finish_reason": "stop", "stop_reason": reason, "stopped": True}
     changes: dict[str, Any] = {}
     if text is not None:
         seen = len(text.text)

@@ -136,6 +136,7 @@ def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
         num_cached=None,
         finish_reason=None,
         stop_reason=None,
+        stopped=False,
     )
     sequence = _caught_up(state, sequence)
     pool = state.pool
@@ -219,6 +220,7 @@ def _stem(state: EngineState, parent: Sequence, keep: int) -> Sequence:
         preemptions=0,
         finish_reason=None,
         stop_reason=None,
+        stopped=False,
     )
 
 

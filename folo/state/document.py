@@ -88,6 +88,7 @@ _PLAIN = (
     "preemptions",
     "finish_reason",
     "stop_reason",
+    "stopped",
 )
 
 

@@ -87,6 +87,7 @@ class Sequence:
     preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    stopped: bool = False  # by its last token
 
     @property
     def id(self) -> str:
@@ -134,8 +135,7 @@ class Sequence:
     def text_ids(self) -> list[int]:
         """The output tokens whose text is shown: not the stop token, unless the request wants it."""
         ids, params = self.output_ids, self.origin.request.sampling
-        stopped = self.finish_reason == "stop" and bool(ids) and ids[-1] in self.origin.stop_ids
-        return ids[:-1] if stopped and not params.include_stop_str_in_output else ids
+        return ids[:-1] if self.stopped and not params.include_stop_str_in_output else ids
 
     def vacate(self) -> Sequence:
         """Without blocks: everything is to be computed again."""
