@@ -110,7 +110,7 @@ class Prepared:
 
 def prologue(batch: Batch) -> Prepared:
     """The host's part before the device function. Raises OutOfBlocksError as `step` does."""
-    bound, rows = bind(batch), rows_of(batch.scheduled)
+    bound, rows = bind(batch), rows_of(batch)
     return Prepared(bound, rows, inputs_of(bound, rows, batch.state.params.device))
 
 

@@ -100,7 +100,7 @@ def sampled_every_way(params: folo.Params) -> tuple[folo.EngineState, Inputs]:
     batch = folo.schedule(state)
     assert batch is not None
     bound = bind(batch)
-    inputs = inputs_of(bound, rows_of(batch.scheduled), params.device)
+    inputs = inputs_of(bound, rows_of(batch), params.device)
     return state, replace(inputs, copy_source=torch.tensor([0]), copy_target=torch.tensor([9]))
 
 

@@ -30,13 +30,13 @@ def bind(batch: Batch) -> Bound:
         OutOfBlocksError: states that are still held pin the blocks that the plan needs.
     """
     binding = _Binding(batch)
-    size, tables = binding.size, binding.tables
+    size, tables, branches = binding.size, binding.tables, binding.pool.branches
     for item in batch.scheduled:
         sequence, start, end, admitted, _, _ = item
         offset = start % size
         after = offset + end - start
         if offset and after <= size and not admitted:
-            table, branches = sequence.table, binding.pool.branches
+            table = sequence.table
             tail = table.blocks[-1]
             if tail.claimed == offset and not (branches.length and tail.index in branches):
                 # By far the most common: some slots more of a block that is the sequence's own.
@@ -44,6 +44,7 @@ def bind(batch: Batch) -> Bound:
                 tables.append(table)
                 continue
         tables.append(binding.table(item))
+        branches = binding.pool.branches
     return Bound(batch, tables, binding.pool.evict(), binding.copies)
 
 

@@ -15,7 +15,7 @@ from folo.inputs import ROWS_PER_TILE, SAMPLING, Inputs, Penalties, Rows, pack_s
 from folo.sampling import SamplingParams
 from folo.state.bind import Bound
 from folo.state.log import gather
-from folo.state.schedule import Scheduled
+from folo.state.schedule import Batch, Scheduled
 from folo.state.sequence import Sequence
 
 # Sampling parameters that change nothing, for rows that only score a prompt token.
@@ -68,13 +68,11 @@ class RowPlan:
         return [range(n, min(n + ROWS_PER_TILE, count)) for n in range(0, count, ROWS_PER_TILE)]
 
 
-def rows_of(scheduled: Items[Scheduled]) -> RowPlan:
+def rows_of(batch: Batch) -> RowPlan:
     """What a step's logits are for."""
+    scheduled = batch.scheduled
     sequences, ends = [item[0] for item in scheduled], [item[2] for item in scheduled]
-    origins = [sequence.origin for sequence in sequences]
-    last = [start + 1 == end == s.tokens.length for s, start, end, _, _, _ in scheduled]
-    if all(last) and not any(origin.scored_from < origin.scored_to for origin in origins):
-        # By far the most common: every sequence computes its last token, and samples the next one.
+    if batch.decoding:  # by far the most common: every sequence samples its next token
         numbers = list(range(len(scheduled)))
         return RowPlan(numbers, sequences, numbers, ends, [_SAMPLE] * len(scheduled))
     plan = RowPlan([], [], [], [], [])

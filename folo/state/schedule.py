@@ -45,11 +45,15 @@ class Scheduled(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A plan for one step of `state`, and of no other. Dropping it undoes nothing: nothing was done."""
+    """A plan for one step of `state`, and of no other. Dropping it undoes nothing: nothing was done.
+
+    decoding: nothing but decodes is scheduled, so every sequence computes its last token.
+    """
 
     state: EngineState
     scheduled: tuple[Scheduled, ...]
     preempted: tuple[Sequence, ...]
+    decoding: bool
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +68,7 @@ def schedule(state: EngineState) -> Batch | None:
     """
     plan = _Plan(state)
     behind = plan.decode()
+    num_decodes = len(plan.scheduled)
     plan.promised = 0
     for sequence in behind:
         plan.promised += plan.lacks(sequence, plan.go_on(sequence))
@@ -71,7 +76,10 @@ def schedule(state: EngineState) -> Batch | None:
         for sequence in state.waiting:
             if not plan.admit(sequence):
                 break
-    return plan.batch()
+    if not plan.scheduled:
+        return None
+    decoding = len(plan.scheduled) == num_decodes
+    return Batch(state, tuple(plan.scheduled), tuple(plan.preempted), decoding)
 
 
 class _Plan:
@@ -88,11 +96,6 @@ class _Plan:
         self.coming: dict[bytes, Shared] = {}  # full blocks that this batch computes, by digest
         self.num_running = len(state.running)
         self.promised = 0  # blocks set aside: what those ahead need to catch up with their tokens
-
-    def batch(self) -> Batch | None:
-        if not self.scheduled:
-            return None
-        return Batch(self.state, tuple(self.scheduled), tuple(self.preempted))
 
     def lacks(self, sequence: Sequence, end: int) -> int:
         """Blocks that a sequence computed up to `end` needs for the rest of its tokens."""
