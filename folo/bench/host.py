@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 NUM_SEQS, LENGTH, BLOCK_SIZE = 256, 1000, 16
 FORKED = 4000
 TARGET_MS, FORK_TARGET_US = 1.5, 50.0
-_GROUPS = 16  # of as many steps as a block has slots: every sequence crosses one boundary in each
 _VOCABULARY = 50_000
 
 
@@ -113,7 +112,7 @@ def _state(num_blocks: int, num_seqs: int, length: int, host: Host, cached: int)
 
 
 def measure(
-    num_blocks: int, length: int = LENGTH, cached: int = 0, num_groups: int = _GROUPS, repeats: int = 1
+    num_blocks: int, length: int = LENGTH, cached: int = 0, num_groups: int = 2, repeats: int = 1
 ) -> HostCost:
     """The cost of a decode step of NUM_SEQS sequences in a pool of `num_blocks` blocks."""
     host, groups, idle = Host(), [], 0
@@ -214,7 +213,7 @@ def _run(args: argparse.Namespace) -> None:
     gc.freeze()  # not what a step allocates: the hundreds of thousands of objects that imports leave
     pools = 2 * sum(10**e <= args.blocks for e in range(3, 10))
     with tqdm(total=pools + 2, desc="Host cost", unit="run") as progress:
-        main = measure(2 * NUM_SEQS * LENGTH // BLOCK_SIZE)
+        main = measure(2 * NUM_SEQS * LENGTH // BLOCK_SIZE, num_groups=8, repeats=20)
         progress.update()
         forking = fork_cost()
         progress.update()
