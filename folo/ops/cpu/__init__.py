@@ -1,6 +1,7 @@
 """The C++ kernels: `folo.ops` on a CPU, where they can be compiled.
 
-`FOLO_CPU_ISA` pins the instruction set: "avx512_bf16", "avx512", "avx2", or "reference" for plain torch.
+`FOLO_CPU_ISA` pins the instruction set: "amx", "avx512_bf16", "avx512", "avx2", or "reference" for plain
+torch.
 """
 
 from __future__ import annotations

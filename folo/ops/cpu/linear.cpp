@@ -20,18 +20,11 @@ namespace {
 constexpr int kTile = 16;
 
 // How one step over k goes: what a row and a vector of columns give to it, and what it adds.
-struct Floats {
-  using T = float;
+template <typename Stored>
+struct Singles {
+  using T = Stored;
   using X = float;
-  using W = float;
-  static Float columns(const W* w) { return load(w); }
-  static Float row(X x) { return all(x); }
-  static Float step(Float sum, Float w, Float x) { return fma(w, x, sum); }
-};
-struct Halves {
-  using T = fp16;
-  using X = float;
-  using W = fp16;
+  using W = Stored;
   static Float columns(const W* w) { return load(w); }
   static Float row(X x) { return all(x); }
   static Float step(Float sum, Float w, Float x) { return fma(w, x, sum); }
@@ -251,8 +244,8 @@ void linear_of(const Linear& a) {
 
 void linear(const Linear& a) {
   switch (a.dtype) {
-    case Dtype::kFloat32: return linear_of<Floats>(a);
-    case Dtype::kFloat16: return linear_of<Halves>(a);
+    case Dtype::kFloat32: return linear_of<Singles<float>>(a);
+    case Dtype::kFloat16: return linear_of<Singles<fp16>>(a);
     case Dtype::kBFloat16: return linear_of<Pairs>(a);
   }
 }

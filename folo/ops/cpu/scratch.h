@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 namespace folo {
 
@@ -18,6 +19,7 @@ class Scratch {
   }
   void allocate() {
     memory_.reset(static_cast<char*>(std::aligned_alloc(64, size_t(used_))));
+    if (!memory_) throw std::bad_alloc();
     used_ = 0;
   }
 
