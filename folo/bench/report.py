@@ -114,13 +114,30 @@ def add_output_options(parser: argparse.ArgumentParser, plot: bool) -> None:
         )
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
+def add_model_option(parser: argparse._ActionsContainer) -> None:
     """--model MODEL, as `folo generate` takes it."""
     parser.add_argument(
         "--model",
         metavar="MODEL",
         help="a directory, a .gguf file or a Hugging Face id (default: SmolLM2-135M-Instruct)",
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model MODEL or --shape NAME, for `model_of`."""
+    choice = parser.add_mutually_exclusive_group()
+    add_model_option(choice)
+    choice.add_argument(
+        "--shape", choices=("qwen3-0.6b",), help="random bfloat16 weights of this shape, in place of a model"
+    )
+
+
+def model_of(args: argparse.Namespace) -> Params:
+    """The model that the options of `add_model_options` name."""
+    import folo
+    from folo.bench.workloads import QWEN3_600M, random_model
+
+    return random_model(QWEN3_600M) if args.shape else folo.load(args.model)
 
 
 def positive(text: str) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import folo
 
 REPEATS = 5
+WORKLOADS = ("latency", "throughput", "mixed", "prefix", "prefill")
 _IDS = (100, 40_000)  # token ids are drawn from here, or from where the vocabulary ends: none is special
 _BLOCK_SIZE = 16
 
@@ -28,7 +29,7 @@ Prompts = list[tuple[list[int], int]]  # token ids, and how many tokens to gener
 
 
 def workload(name: str, vocab_size: int) -> Prompts:
-    """The prompts of "latency", "throughput", "mixed", "prefix" or "prefill"."""
+    """The prompts of one of `WORKLOADS`."""
     import numpy as np
 
     numbers, (low, high) = np.random.default_rng(0), _IDS
@@ -150,12 +151,7 @@ def plot(runs: dict[str, list[Run]], path: str) -> None:
 def register(commands: Any) -> None:
     for name, text in _HELP.items():
         parser = commands.add_parser(name, help=text, description=f"Serve {text}.", allow_abbrev=False)
-        report.add_model_option(parser)
-        parser.add_argument(
-            "--shape",
-            choices=("qwen3-0.6b",),
-            help="random bfloat16 weights of this shape, in place of a model",
-        )
+        report.add_model_options(parser)
         parser.add_argument("--mode", default="auto", help="as folo.compile takes it (default: %(default)s)")
         parser.add_argument("--repeats", type=report.positive, default=REPEATS, metavar="N")
         report.add_output_options(parser, plot=True)
@@ -166,9 +162,8 @@ def _run(name: str, args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     import folo
-    from folo.bench.workloads import QWEN3_600M, random_model
 
-    params = random_model(QWEN3_600M) if args.shape else folo.load(args.model)
+    params = report.model_of(args)
     step = folo.compile(folo.step, mode=args.mode)
     runs: dict[str, list[Run]] = {}
     with tqdm(total=len(_WORKLOADS[name]) * (1 + args.repeats), desc=name.capitalize(), unit="run") as bar:

@@ -1,0 +1,258 @@
+"""`folo bench compare`: the same token ids through folo and through a peer, in turn: A B A B.
+
+Both run from one checkpoint, each in its own process and environment. The one whose turn it is not is
+stopped, so that no thread of it waits on the cores. What is quoted is the ratio of a pair of neighbouring
+runs, since a machine's speed drifts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import IO, TYPE_CHECKING, Any
+
+from folo.bench import peers, report
+from folo.bench.serving import WORKLOADS, Prompts, workload
+from folo.errors import FoloError
+
+if TYPE_CHECKING:
+    from folo.model.params import Params
+
+_PAIRS = 5
+_UNITS = {
+    "latency": "decode tokens/s",
+    "throughput": "output tokens/s",
+    "mixed": "output tokens/s",
+    "prefix": "s",
+    "prefill": "prompt tokens/s",
+}
+
+
+class PeerError(FoloError):
+    """A peer is not installed, or has failed."""
+
+
+class Worker:
+    """An engine in a process that serves one workload after the other."""
+
+    def __init__(self, peer: peers.Peer, python: str, checkpoint: Path, threads: int, log: IO[bytes]) -> None:
+        self._log, self._name = log, peer.module.removesuffix("_peer")
+        script = Path(peers.__file__).with_name("worker.py")
+        self._process = subprocess.Popen(
+            [python, str(script), peer.module, str(checkpoint), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **peer.environment(python)},
+            start_new_session=True,
+        )
+        try:
+            started = self._answer()
+            if "missing" in started:
+                raise PeerError(f"{started['python']} has no {started['missing']}: {peer.install}")
+        except BaseException:
+            self.close()
+            raise
+        self.version: str = started["version"]
+        self._signal(signal.SIGSTOP)
+
+    def serve(self, prompts: Prompts, cold: bool) -> dict[str, float]:
+        """Seconds from the first submit: "first_token", "last_token" (of the first request), "total"."""
+        assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
+        try:
+            print(json.dumps({"prompts": prompts, "cold": cold}), file=self._process.stdin, flush=True)
+            return self._answer()
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        self._signal(signal.SIGKILL)
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            self._log.seek(0)
+            last = self._log.read().decode(errors="replace").strip().splitlines()[-12:]
+            raise PeerError("\n  ".join([f"{self._name} has stopped; its last lines:", *last]))
+        return json.loads(line)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # if it has ended, the next answer says so
+            os.killpg(self._process.pid, number)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One workload: `folo` and `peer` by pairs, in the unit that `_UNITS` has for it."""
+
+    workload: str
+    folo: tuple[float, ...]
+    peer: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times better folo was, by pairs."""
+        pairs = zip(self.folo, self.peer, strict=True)
+        return [b / a if self.workload == "prefix" else a / b for a, b in pairs]
+
+    def cells(self) -> list[str]:
+        ratios = sorted(self.ratios)
+        values = [f"{median(values):.4g}" for values in (self.folo, self.peer)]
+        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        return [self.workload, _UNITS[self.workload], *values, f"{median(ratios):.2f}", spread]
+
+
+def figure(name: str, prompts: Prompts, seconds: dict[str, float]) -> float:
+    """What is compared of a run of the workload `name`."""
+    if name == "prefix":
+        return seconds["total"]
+    if name == "prefill":
+        return sum(len(ids) for ids, _ in prompts) / seconds["total"]
+    if name == "latency":
+        return (prompts[0][1] - 1) / (seconds["last_token"] - seconds["first_token"])
+    return sum(wanted for _, wanted in prompts) / seconds["total"]
+
+
+def interleave(workers: tuple[Worker, Worker], name: str, prompts: Prompts, pairs: int) -> Iterator[float]:
+    """Figures of both in turn, after a run of each to warm up."""
+    for number in range(1 + pairs):
+        for worker in workers:
+            seconds = worker.serve(prompts, name == "prefix")
+            if number:
+                yield figure(name, prompts, seconds)
+
+
+def plot(comparisons: list[Comparison], versions: tuple[str, str], path: str) -> None:
+    """The ratio of every pair, and their median."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for place, comparison in enumerate(comparisons):
+        axes.bar(place, median(comparison.ratios), width=0.6, color=report.SKY)
+        axes.scatter([place] * len(comparison.ratios), comparison.ratios, color=report.BLUE, s=14, zorder=3)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(comparisons)), [comparison.workload for comparison in comparisons])
+    axes.set(ylabel="times as fast", title=f"{versions[0]} beside {versions[1]}")
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="the same work through another engine",
+        description="Run the same token ids through folo and through another engine, in turn.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--peer", required=True, choices=tuple(peers.PEERS))
+    parser.add_argument(
+        "--peer-python",
+        default=sys.executable,
+        metavar="PATH",
+        help="the interpreter of the environment that has the peer (default: this one)",
+    )
+    report.add_model_options(parser)
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        choices=WORKLOADS,
+        metavar="NAME",
+        help=f"of {', '.join(WORKLOADS)} (default: all that the peer has)",
+    )
+    parser.add_argument("--pairs", type=report.positive, default=_PAIRS, metavar="N")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="keep the checkpoint that both run from, with the peer's own form of it, and use it again",
+    )
+    report.add_output_options(parser, plot=True)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    import folo
+
+    peer = peers.PEERS[args.peer]
+    names = [name for name in args.workloads or peer.workloads if name in peer.workloads]
+    if missing := set(args.workloads or ()) - set(names):
+        raise PeerError(f"{args.peer} does not run the workload {min(missing)}: leave it out")
+    with _checkpoint(args) as path, tempfile.TemporaryFile() as own_log, tempfile.TemporaryFile() as log:
+        config = folo.load(path, use_tqdm=False).config
+        threads = torch.get_num_threads()
+        tqdm.write(f"starting {args.peer}")
+        other = Worker(peer, args.peer_python, path, threads, log)
+        try:
+            own = Worker(peers.OWN, sys.executable, path, threads, own_log)
+            try:
+                comparisons = _compare(own, other, names, config.vocab_size, args.pairs)
+            finally:
+                own.close()
+        finally:
+            other.close()
+        versions = own.version, other.version
+    print(f"{versions[0]} beside {versions[1]}, {config.architecture} in {config.dtype}, {threads} threads")
+    headers = ["workload", "unit", "folo", args.peer, "ratio", "ratio: range"]
+    print(report.table(headers, [comparison.cells() for comparison in comparisons]))
+    if args.json:
+        results = {
+            "peer": other.version,
+            "model": args.shape or args.model or "default",
+            "workloads": [{**asdict(own), "unit": _UNITS[own.workload]} for own in comparisons],
+        }
+        report.write_json(args.json, "compare", results)
+    if args.plot:
+        plot(comparisons, versions, args.plot)
+    report.print_files(args)
+
+
+def _compare(own: Worker, other: Worker, names: list[str], vocab_size: int, pairs: int) -> list[Comparison]:
+    from tqdm import tqdm
+
+    comparisons = []
+    with tqdm(total=2 * len(names) * pairs, desc="Compare", unit="run") as bar:
+        for name in names:
+            values = []
+            for value in interleave((own, other), name, workload(name, vocab_size), pairs):
+                values.append(value)
+                bar.update()
+            comparisons.append(Comparison(name, tuple(values[::2]), tuple(values[1::2])))
+    return comparisons
+
+
+@contextlib.contextmanager
+def _checkpoint(args: argparse.Namespace) -> Iterator[Path]:
+    """A directory that every engine can load."""
+    from folo.model.export import export
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(args.checkpoint or temporary)
+        if not (path / "config.json").exists():
+            params: Params = report.model_of(args)
+            export(params, path)
+            if not args.shape:
+                _add_tokenizer(args.model, path)
+        yield path
+
+
+def _add_tokenizer(model: str | None, path: Path) -> None:
+    """Converters look for one."""
+    import folo
+
+    folo.load_tokenizer(model).save_pretrained(path)
