@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from folo import ops
-from folo.ops import reference
+from folo.ops import cpu, reference
 
 pytestmark = pytest.mark.usefixtures("each_instruction_set")
 
@@ -168,8 +168,10 @@ def test_paged_attention_is_as_exact_as_torchs(
         if dtype == torch.float32:
             assert relative(out, exact) <= 1e-5
         else:
-            # All but the result is in float32, where torch rounds the weights to the dtype as well.
-            check_rounded_once(out, exact, 1.02)
+            # All but the result is in float32, unless the CPU multiplies in bfloat16: then the weights are
+            # rounded too, as torch always does: two errors of one size come to 1.41 of it, give or take.
+            in_pairs = dtype == torch.bfloat16 and cpu.instruction_set() in ("amx", "avx512_bf16")
+            check_rounded_once(out, exact, 1.5 if in_pairs else 1.02)
             assert mean_error(out, exact) <= 1.02 * mean_error(attention(own.transpose(0, 1), k, v), exact)
 
 

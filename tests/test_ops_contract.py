@@ -215,7 +215,10 @@ Piece = tuple[Context, int, int]
 
 
 def attend(pieces: Sequence[Piece], block_size: int = 16, seed: int = 0, op: Any = ops) -> list[Tensor]:
-    """Attention of a batch of pieces, their blocks scattered over a heap that is full of garbage."""
+    """Attention of a batch of pieces, their blocks scattered over a heap that is full of garbage.
+
+    A block lies in memory as a whole, or, with every other seed, head by head, as in the engine's heap.
+    """
     counts = [-(-end // block_size) for _, _, end in pieces]
     places = torch.randperm(sum(counts) + 5, generator=torch.Generator().manual_seed(seed)) + 1
     tables = torch.zeros(len(pieces), max(counts) + seed % 3, dtype=torch.int32)
@@ -223,7 +226,7 @@ def attend(pieces: Sequence[Piece], block_size: int = 16, seed: int = 0, op: Any
     garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, 6e4], dtype=dtype)
     size = (2, len(places) + 1, block_size, *head_shape)
     which = torch.randint(4, size, generator=torch.Generator().manual_seed(seed))
-    k, v = garbage[which]
+    k, v = garbage[which] if seed % 2 else garbage[which].transpose(2, 3).contiguous().transpose(2, 3)
     for row, ((context, _, end), blocks) in enumerate(zip(pieces, places.split([*counts, 5]), strict=False)):
         tables[row, : len(blocks)] = blocks
         for cache, own in ((k, context.k), (v, context.v)):

@@ -135,7 +135,8 @@ def _attention(heads: tuple[int, int, int], batch: int, context: int, queries: i
     q = torch.ones(batch * queries, num_heads, head_dim, dtype=torch.bfloat16)
 
     def call() -> Callable[[], object]:
-        k, v = torch.ones(2, batch * blocks, _BLOCK_SIZE, num_kv_heads, head_dim, dtype=torch.bfloat16)
+        size = (2, batch * blocks, num_kv_heads, _BLOCK_SIZE, head_dim)
+        k, v = torch.ones(size, dtype=torch.bfloat16).transpose(2, 3)  # as the heap has them
         tables = torch.randperm(batch * blocks, generator=numbers).int().view(batch, blocks)
         return lambda: ops.paged_attention(q, k, v, tables, starts, lengths, head_dim**-0.5)
 

@@ -137,13 +137,15 @@ def qk_norm_rope_write(
 ) -> Tensor:
     """`qk_norm_rope`, with k and v written to the caches; returns q `[T, Hq, E]`.
 
-    caches `[num_blocks, block_size, Hkv, E]`; slots int64 `[T]`: block * block_size + offset, or
-    negative for a padding row, which is written nowhere.
+    caches `[num_blocks, block_size, Hkv, E]`, of any strides with E innermost; slots int64 `[T]`:
+    block * block_size + offset, or negative for a padding row, which is written nowhere.
     """
     q, k, v = qk_norm_rope(qkv, angles, q_norm, k_norm, eps, k_cache.shape[-2])
     live = slots >= 0
-    k_cache.view(-1, *k.shape[1:])[slots[live]] = k[live]
-    v_cache.view(-1, *v.shape[1:])[slots[live]] = v[live]
+    size = k_cache.shape[1]
+    block, offset = slots[live] // size, slots[live] % size
+    k_cache[block, offset] = k[live]
+    v_cache[block, offset] = v[live]
     return q
 
 
@@ -165,7 +167,7 @@ def paged_attention(
     """Causal attention of each sequence's last tokens to its whole context, K and V in blocks.
 
     q `[T, Hq, E]`: sequence s has rows query_start[s]:query_start[s+1], its last tokens, of
-    seq_lens[s] in all. caches `[num_blocks, block_size, Hkv, E]`, block_tables int32 `[S, B]`,
+    seq_lens[s] in all. caches as `qk_norm_rope_write` takes them, block_tables int32 `[S, B]`,
     query_start int32 `[S+1]`, seq_lens int32 `[S]` -> `[T, Hq, E]` in q's dtype.
 
     One order for every row: tiles of KV_TILE keys from position 0 upward under an online softmax
@@ -179,7 +181,6 @@ def paged_attention(
         return q.new_empty(q.shape)
     rows, tile_sequence, position, unsort = tiles
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-    k_flat, v_flat = k_cache.view(-1, num_kv_heads, head_dim), v_cache.view(-1, num_kv_heads, head_dim)
     last = position.amax(-1)
     top = position.new_full(position.shape, -torch.inf, dtype=rows.dtype)[:, None].expand(rows.shape[:-1])
     total, acc = torch.zeros_like(rows[..., 0]), torch.zeros_like(rows)
@@ -187,12 +188,12 @@ def paged_attention(
         n = int((last >= start).sum())  # tiles stand in descending order of their last position
         keys = torch.arange(start, start + KV_TILE, device=q.device)
         column = (keys // block_size).clamp(max=block_tables.shape[1] - 1)
-        slots = block_tables[:, column].long() * block_size + keys % block_size
         inside = keys < seq_lens[:, None]
-        slots = torch.where(inside, slots, 0)
+        block = torch.where(inside, block_tables[:, column].long(), 0)
+        offset = torch.where(inside, keys % block_size, 0)
         # What lies beyond a sequence's end is of others: masked here so that 0 * it is 0.
-        values = torch.where(inside[..., None, None], v_flat[slots], 0)
-        k_tile = _by_head(k_flat[slots])[tile_sequence[:n]]
+        values = torch.where(inside[..., None, None], v_cache[block, offset], 0)
+        k_tile = _by_head(k_cache[block, offset])[tile_sequence[:n]]
         v_tile = _by_head(values)[tile_sequence[:n]]
         scores = _batched(rows[:n], k_tile.transpose(-1, -2)) * scale
         visible = keys <= position[:n, None, :, None]

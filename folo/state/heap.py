@@ -50,7 +50,8 @@ class KVHeap:
     """Preallocated K and V blocks at fixed addresses, and the list of the free ones.
 
     `k` and `v`: `[num_layers, num_blocks, block_size, num_kv_heads, head_dim]`, zero at first, so
-    that no kernel ever meets a NaN that nobody wrote.
+    that no kernel ever meets a NaN that nobody wrote. What a head has in a block lies together in
+    memory: attention reads one head at a time.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class KVHeap:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.k = _zeros(shape, dtype, device)
-        self.v = _zeros(shape, dtype, device)
+        layers, blocks, block_size, heads, head_dim = shape
+        by_head = (layers, blocks, heads, block_size, head_dim)
+        self.k = _zeros(by_head, dtype, device).transpose(2, 3)
+        self.v = _zeros(by_head, dtype, device).transpose(2, 3)
         self.num_blocks = shape[1]
         self._free = list(range(shape[1] - 1, -1, -1))  # last in, first out: warm blocks are reused
 

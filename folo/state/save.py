@@ -128,7 +128,7 @@ def _blocks(state: EngineState) -> list[Block]:
 
 
 def _gather(heap: Tensor, indices: Tensor, empty: Tensor) -> Tensor:
-    blocks = heap[:, indices.to(heap.device)].cpu()
+    blocks = heap[:, indices.to(heap.device)].cpu().contiguous()
     return blocks.masked_fill_(empty[None, :, :, None, None], 0)
 
 

@@ -4,6 +4,7 @@
 // rows of x [rows][16 pairs], 6 and 7 weights [16 pairs][16].
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -90,5 +91,61 @@ inline void release() { _tile_release(); }
 #define FOLO_MULTIPLY(c, a, b) _tile_dpbf16ps(c, a, b)
 
 #endif
+
+// A thread's tile registers, set up for the rows of the blocks that follow, and given back at the end.
+class Registers {
+ public:
+  Registers() = default;
+  Registers(const Registers&) = delete;
+  ~Registers() { release(); }
+  void hold(int count) {
+    if (count == count_) return;  // to set them up takes hundreds of cycles
+    count_ = count;
+    configure(TileConfig(std::min(count, kTileRows), std::max(count - kTileRows, 1)));
+  }
+
+ private:
+  int count_ = 0;
+};
+
+// out[r][c] = the sum over `depth` pairs (a multiple of 16) of rows[r][...] times columns[...][c]: up to 32
+// rows, 16 columns from `left`, and 16 from `right`.
+template <bool kTwoRows, bool kTwoColumns>
+inline void block(const uint32_t* rows, int64_t row_stride, const uint32_t* left, const uint32_t* right,
+                  int64_t column_stride, int64_t depth, float* out, int64_t out_stride) {
+  const uint32_t* lower = rows + kTileRows * row_stride;
+  const int64_t row_bytes = row_stride * 4, column_bytes = column_stride * 4, out_bytes = out_stride * 4;
+  FOLO_ZERO_TILE(0);
+  if constexpr (kTwoColumns) FOLO_ZERO_TILE(1);
+  if constexpr (kTwoRows) FOLO_ZERO_TILE(2);
+  if constexpr (kTwoRows && kTwoColumns) FOLO_ZERO_TILE(3);
+  for (int64_t k = 0; k < depth; k += 16) {
+    FOLO_LOAD_TILE(6, left + k * column_stride, column_bytes);
+    FOLO_LOAD_TILE(4, rows + k, row_bytes);
+    FOLO_MULTIPLY(0, 4, 6);
+    if constexpr (kTwoColumns) {
+      FOLO_LOAD_TILE(7, right + k * column_stride, column_bytes);
+      FOLO_MULTIPLY(1, 4, 7);
+    }
+    if constexpr (kTwoRows) {
+      FOLO_LOAD_TILE(5, lower + k, row_bytes);
+      FOLO_MULTIPLY(2, 5, 6);
+      if constexpr (kTwoColumns) FOLO_MULTIPLY(3, 5, 7);
+    }
+  }
+  FOLO_STORE_TILE(0, out, out_bytes);
+  if constexpr (kTwoColumns) FOLO_STORE_TILE(1, out + 16, out_bytes);
+  if constexpr (kTwoRows) FOLO_STORE_TILE(2, out + kTileRows * out_stride, out_bytes);
+  if constexpr (kTwoRows && kTwoColumns) FOLO_STORE_TILE(3, out + kTileRows * out_stride + 16, out_bytes);
+}
+
+// `block` of `count` rows, and of one half of columns if `right` is null.
+inline void block_of(Registers& registers, int count, const uint32_t* rows, int64_t row_stride, const uint32_t* left,
+                     const uint32_t* right, int64_t column_stride, int64_t depth, float* out, int64_t out_stride) {
+  registers.hold(count);
+  const auto chosen = count > kTileRows ? (right ? block<true, true> : block<true, false>)
+                                        : (right ? block<false, true> : block<false, false>);
+  chosen(rows, row_stride, left, right, column_stride, depth, out, out_stride);
+}
 
 }  // namespace folo::amx

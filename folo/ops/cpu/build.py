@@ -31,7 +31,7 @@ _ISAS = {
 # Norms and the like have nothing to gain from bfloat16 products.
 _UNITS = {
     "linear": ("avx2", "avx512", "avx512_bf16", "amx"),
-    "attention": ("avx2", "avx512", "avx512_bf16"),
+    "attention": ("avx2", "avx512", "avx512_bf16", "amx"),
     "norm": ("avx2", "avx512"),
     "rope": ("avx2", "avx512"),
     "sampler": ("avx2", "avx512"),

@@ -34,13 +34,21 @@ struct SiluMul {
   int64_t m, n;
 };
 
+// The K and V caches are [blocks, block_size, num_kv_heads, head_dim] with head_dim innermost: where the rest
+// lies, in elements.
+struct Strides {
+  int64_t block, slot, head;
+};
+
 struct Rope {
   Dtype dtype;
   const void* qkv;             // [t, (num_heads + 2 num_kv_heads) head_dim]
   const float* angles;         // [t, head_dim]: cosines, sines
   const void *q_norm, *k_norm;  // [head_dim], or null
-  void *k_cache, *v_cache;     // [slots, num_kv_heads, head_dim]
-  const int64_t* slots;        // [t], negative: written nowhere
+  void *k_cache, *v_cache;
+  Strides strides;
+  int64_t block_size;
+  const int64_t* slots;        // [t]: block * block_size + offset; negative: written nowhere
   void* q;                     // [t, num_heads, head_dim]
   int64_t t, num_heads, num_kv_heads, head_dim;
   float eps;
@@ -49,7 +57,8 @@ struct Rope {
 struct Attention {
   Dtype dtype;
   const void* q;                    // [t, num_heads, head_dim]
-  const void *k_cache, *v_cache;    // [blocks, block_size, num_kv_heads, head_dim]
+  const void *k_cache, *v_cache;
+  Strides strides;
   const int32_t* block_tables;      // [sequences, table_width]
   const int32_t *query_start, *seq_lens;
   void* out;                        // as q

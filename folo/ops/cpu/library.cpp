@@ -59,8 +59,7 @@ bool has_amx() {
         WIDE::penalize, WIDE::warp, WIDE::draw, WIDE::logprobs                                                 \
   }
 const Kernels kKernels[] = {
-    {"amx", has_amx, amx::linear, avx512::norm, avx512::silu_mul, avx512::rope, avx512_bf16::attention, avx512::philox,
-     avx512::penalize, avx512::warp, avx512::draw, avx512::logprobs},
+    FOLO_KERNELS(amx, amx, avx512),
     FOLO_KERNELS(avx512_bf16, avx512_bf16, avx512),
     FOLO_KERNELS(avx512, avx512, avx512),
     FOLO_KERNELS(avx2, avx2, avx2),
@@ -170,6 +169,12 @@ Tensor silu_mul(const Tensor& gate_up) {
   return out;
 }
 
+Strides strides_of(const Tensor& k_cache, const Tensor& v_cache) {
+  TORCH_CHECK(k_cache.strides() == v_cache.strides() && k_cache.stride(3) == 1,
+              "the K and V caches lie alike in memory, with head_dim innermost");
+  return {k_cache.stride(0), k_cache.stride(1), k_cache.stride(2)};
+}
+
 Tensor qk_norm_rope_write(const Tensor& qkv, const Tensor& angles, const Maybe& q_norm, const Maybe& k_norm,
                           double eps, Tensor k_cache, Tensor v_cache, const Tensor& slots) {
   if (!known(qkv))
@@ -179,13 +184,12 @@ Tensor qk_norm_rope_write(const Tensor& qkv, const Tensor& angles, const Maybe& 
   const Tensor rows = qkv.contiguous(), turns = angles.contiguous(), places = slots.contiguous();
   TORCH_CHECK(turns.scalar_type() == at::kFloat && places.scalar_type() == at::kLong,
               "angles are float32 and slots int64");
-  TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "the K and V caches are contiguous");
   const int64_t t = rows.size(0), d = turns.size(1), kv = k_cache.size(2), heads = rows.size(1) / d - 2 * kv;
   const bool normed = q_norm && k_norm;
   Tensor q = at::empty({t, heads, d}, rows.options());
   kernels->rope({dtype_of(rows), rows.const_data_ptr(), turns.const_data_ptr<float>(),
                  normed ? q_norm->const_data_ptr() : nullptr, normed ? k_norm->const_data_ptr() : nullptr,
-                 k_cache.data_ptr(), v_cache.data_ptr(), places.const_data_ptr<int64_t>(), q.data_ptr(), t, heads, kv, d,
+                 k_cache.data_ptr(), v_cache.data_ptr(), strides_of(k_cache, v_cache), k_cache.size(1), places.const_data_ptr<int64_t>(), q.data_ptr(), t, heads, kv, d,
                  float(eps)});
   return q;
 }
@@ -200,10 +204,9 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
                lens = seq_lens.contiguous();
   TORCH_CHECK(tables.scalar_type() == at::kInt && starts.scalar_type() == at::kInt && lens.scalar_type() == at::kInt,
               "block_tables, query_start and seq_lens are int32");
-  TORCH_CHECK(k_cache.is_contiguous() && v_cache.is_contiguous(), "the K and V caches are contiguous");
   Tensor out = at::empty_like(rows);
   kernels->attention({dtype_of(q), rows.const_data_ptr(), k_cache.const_data_ptr(), v_cache.const_data_ptr(),
-                      tables.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(),
+                      strides_of(k_cache, v_cache), tables.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(),
                       lens.const_data_ptr<int32_t>(), out.data_ptr(), lens.size(0), tables.size(1), k_cache.size(1),
                       q.size(1), k_cache.size(2), q.size(2), float(scale)});
   return out;

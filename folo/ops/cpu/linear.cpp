@@ -146,37 +146,14 @@ void product(const Linear& a, const typename P::X* x, int64_t depth) {
 #ifdef FOLO_AMX
 
 // Up to 32 rows times up to 32 columns.
-template <bool kTwoRows, bool kTwoColumns>
-void tile_block(const Linear& a, const uint32_t* x, int64_t depth, int64_t row, int count, int64_t tile) {
-  const uint32_t *upper = x + row * depth, *lower = upper + kTileRows * depth;
+void tile_block(amx::Registers& registers, const Linear& a, const uint32_t* x, int64_t depth, int64_t row, int count,
+                int64_t tile, int tiles) {
   const auto* left = static_cast<const uint32_t*>(a.weight) + tile * depth * kTile;
-  const auto* right = left + depth * kTile;
-  FOLO_ZERO_TILE(0);
-  if constexpr (kTwoColumns) FOLO_ZERO_TILE(1);
-  if constexpr (kTwoRows) FOLO_ZERO_TILE(2);
-  if constexpr (kTwoRows && kTwoColumns) FOLO_ZERO_TILE(3);
-  for (int64_t k = 0; k < depth; k += 16) {
-    FOLO_LOAD_TILE(6, left + k * kTile, 64);
-    FOLO_LOAD_TILE(4, upper + k, depth * 4);
-    FOLO_MULTIPLY(0, 4, 6);
-    if constexpr (kTwoColumns) {
-      FOLO_LOAD_TILE(7, right + k * kTile, 64);
-      FOLO_MULTIPLY(1, 4, 7);
-    }
-    if constexpr (kTwoRows) {
-      FOLO_LOAD_TILE(5, lower + k, depth * 4);
-      FOLO_MULTIPLY(2, 5, 6);
-      if constexpr (kTwoColumns) FOLO_MULTIPLY(3, 5, 7);
-    }
-  }
-  alignas(64) float sums[2 * kTileRows][2 * kTile];
-  constexpr int64_t kStride = sizeof sums[0];
-  FOLO_STORE_TILE(0, sums, kStride);
-  if constexpr (kTwoColumns) FOLO_STORE_TILE(1, &sums[0][kTile], kStride);
-  if constexpr (kTwoRows) FOLO_STORE_TILE(2, sums[kTileRows], kStride);
-  if constexpr (kTwoRows && kTwoColumns) FOLO_STORE_TILE(3, &sums[kTileRows][kTile], kStride);
+  alignas(64) float sums[2 * amx::kTileRows][2 * kTile];
+  amx::block_of(registers, count, x + row * depth, depth, left, tiles > 1 ? left + depth * kTile : nullptr, kTile,
+                depth, sums[0], 2 * kTile);
   for (int r = 0; r < count; ++r) {
-    for (int c = 0; c <= int(kTwoColumns); ++c) {
+    for (int c = 0; c < tiles; ++c) {
       const int64_t column = (tile + c) * kTile;
       const Float sum = load(&sums[r][c * kTile]);
       const bf16* bias = a.bias ? static_cast<const bf16*>(a.bias) + column : nullptr;
@@ -186,31 +163,21 @@ void tile_block(const Linear& a, const uint32_t* x, int64_t depth, int64_t row, 
   }
 }
 
-void tile_rows(const Linear& a, const uint32_t* x, int64_t depth, int64_t row, int count, int64_t tile, bool two) {
-  configure(TileConfig(std::min(count, kTileRows), std::max(count - kTileRows, 1)));
-  if (count > kTileRows) {
-    two ? tile_block<true, true>(a, x, depth, row, count, tile) : tile_block<true, false>(a, x, depth, row, count, tile);
-  } else {
-    two ? tile_block<false, true>(a, x, depth, row, count, tile)
-        : tile_block<false, false>(a, x, depth, row, count, tile);
-  }
-}
-
 template <>
 void product<Pairs>(const Linear& a, const uint32_t* x, int64_t depth) {
-  constexpr int64_t kHigh = 2 * kTileRows;
+  constexpr int64_t kHigh = 2 * amx::kTileRows;
   const int64_t tiles = (a.n + kTile - 1) / kTile, panels = (tiles + 1) / 2;
   const int64_t fit = kChunkBytes / (depth * 4) / kHigh * kHigh;
   const int64_t height = std::clamp<int64_t>(fit, kHigh, 4 * kHigh), chunks = (a.m + height - 1) / height;
 #pragma omp parallel
   {
+    amx::Registers registers;
 #pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < panels * chunks; ++task) {
       const int64_t first = task % chunks * height, end = std::min(a.m, first + height), tile = task / chunks * 2;
       for (int64_t row = first; row < end; row += kHigh)
-        tile_rows(a, x, depth, row, int(std::min(kHigh, end - row)), tile, tile + 1 < tiles);
+        tile_block(registers, a, x, depth, row, int(std::min(kHigh, end - row)), tile, tile + 1 < tiles ? 2 : 1);
     }
-    release();
   }
 }
 

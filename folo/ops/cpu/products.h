@@ -53,17 +53,19 @@ struct Wide {  // in float32
   using Unit = float;
   static constexpr int kPer = 1;  // elements of a Unit
   using Weight = float;
-  static constexpr int kParts = 1;
   static Float unit(const T* x, int count) { return count == kLanes ? load(x) : load(x, count); }
   static Float values(const T* a, int count) { return unit(a, count); }
   static Float step(Float sum, Float many, float one) { return fma(many, all(one), sum); }
+  static void weights(float* to, Float low, Float high) {
+    store(to, low);
+    store(to + kLanes, high);
+  }
 };
 #if defined(FOLO_AVX512_BF16) || defined(FOLO_AMX)
 struct Paired {  // bfloat16, two products at a time
   using Unit = uint32_t;
   static constexpr int kPer = 2;
   using Weight = bf16;
-  static constexpr int kParts = 2;  // a weight is the sum of two, or its rounding would show
   static Float unit(const bf16* x, int count) {
     __mmask16 mask = __mmask16((1u << count) - 1);
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi32(mask, x))};
@@ -89,6 +91,9 @@ struct Paired {  // bfloat16, two products at a time
     return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(_mm512_castps_si512(many.v)),
                              reinterpret_cast<__m512bh>(ones))};
   }
+  static void weights(bf16* to, Float low, Float high) {  // to nearest even, as every bfloat16 product here
+    _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
+  }
 };
 #endif
 template <typename T>
@@ -97,5 +102,22 @@ struct Arithmetic : Wide<T> {};
 template <>
 struct Arithmetic<bf16> : Paired {};
 #endif
+
+// out[r][c] = the sum over `depth` units of rows[r][...] times columns[...][c], for C vectors of columns.
+template <typename A, int R, int C>
+inline void row_block(const typename A::Unit* rows, int64_t row_stride, const float* columns,
+                      int64_t column_stride, int64_t depth, float* out, int64_t out_stride) {
+  Float sums[R][C];
+  for (auto& sum : sums)
+    for (auto& s : sum) s = zero();
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int c = 0; c < C; ++c) {
+      Float many = load(columns + k * column_stride + c * kLanes);
+      for (int r = 0; r < R; ++r) sums[r][c] = A::step(sums[r][c], many, rows[r * row_stride + k]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(out + r * out_stride + c * kLanes, sums[r][c]);
+}
 
 }  // namespace folo::FOLO_ISA

@@ -48,10 +48,12 @@ void rope_of(const Rope& a) {
       rotate(from + h * d, static_cast<const T*>(a.q_norm), angles, d, a.eps, q + h * d);
     if (a.slots[token] < 0) continue;
     const T* k = from + a.num_heads * d;
-    T* to = static_cast<T*>(a.k_cache) + a.slots[token] * kv;
-    for (int64_t h = 0; h < a.num_kv_heads; ++h)
-      rotate(k + h * d, static_cast<const T*>(a.k_norm), angles, d, a.eps, to + h * d);
-    std::memcpy(static_cast<T*>(a.v_cache) + a.slots[token] * kv, k + kv, size_t(kv) * sizeof(T));
+    const int64_t block = a.slots[token] / a.block_size, offset = a.slots[token] % a.block_size;
+    int64_t place = block * a.strides.block + offset * a.strides.slot;
+    for (int64_t h = 0; h < a.num_kv_heads; ++h, place += a.strides.head) {
+      rotate(k + h * d, static_cast<const T*>(a.k_norm), angles, d, a.eps, static_cast<T*>(a.k_cache) + place);
+      std::memcpy(static_cast<T*>(a.v_cache) + place, k + kv + h * d, size_t(d) * sizeof(T));
+    }
   }
 }
 

@@ -151,18 +151,22 @@ inline void store(T* p, Float a, int n) {
 }
 
 // Lanes by pairwise halving: one order.
+template <typename Two>
+inline float halved(Float a, Two two) {
+#ifdef __AVX512F__
+  __m256 half = two(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+#else
+  __m256 half = a.v;
+#endif
+  __m256 four = two(half, _mm256_permute2f128_ps(half, half, 1));
+  __m256 pair = two(four, _mm256_permute_ps(four, 0b01001110));
+  return _mm256_cvtss_f32(two(pair, _mm256_permute_ps(pair, 0b10110001)));
+}
 inline float sum(Float a) {
-  alignas(64) float x[kLanes];
-  store(x, a);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
+  return halved(a, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); });
 }
 inline float largest(Float a) {
-  alignas(64) float x[kLanes];
-  store(x, a);
-  for (int i = 1; i < kLanes; ++i) x[0] = x[i] > x[0] ? x[i] : x[0];
-  return x[0];
+  return halved(a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
 }
 
 // e^x within an ulp or two: Cephes' expf (Moshier). 0 below -104, as at 88 above 88; NaN stays NaN.
@@ -178,6 +182,19 @@ inline Float exp(Float x) {
   p = fma(p, r, all(1.6666665459e-1f));
   p = fma(p, r, all(5.0000001201e-1f));
   return scale2(fma(p, r * r, r) + all(1.0f), n);
+}
+
+// 2^x within an ulp or two: Cephes' exp2f (Moshier), for x up to 0. 0 below -150; NaN stays NaN.
+inline Float exp2(Float x) {
+  x = max(all(-160.0f), x);
+  Float n = round(x), f = x - n;
+  Float p = all(1.535336188319500e-4f);
+  p = fma(p, f, all(1.339887440266574e-3f));
+  p = fma(p, f, all(9.618437357674640e-3f));
+  p = fma(p, f, all(5.550332471162809e-2f));
+  p = fma(p, f, all(2.402264791363012e-1f));
+  p = fma(p, f, all(6.931472028550421e-1f));
+  return scale2(fma(p, f, all(1.0f)), n);
 }
 
 }  // namespace FOLO_ISA
