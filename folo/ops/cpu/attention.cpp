@@ -72,6 +72,7 @@ class Worker {
     take();
     scratch_.allocate();
     take();
+    std::memset(static_cast<void*>(blank_), 0, size_t(depth_ * A::kPer) * sizeof(T));
   }
 
   Part own() const { return own_; }
@@ -155,6 +156,7 @@ class Worker {
   void take() {
     queries_ = scratch_.take<Unit>(kQueries * depth_);
     position_ = scratch_.take<int64_t>(kQueries);
+    blank_ = scratch_.take<T>(depth_ * A::kPer);
     place_ = scratch_.take<int64_t>(kKeys);
     next_place_ = scratch_.take<int64_t>(kKeys);
     keys_ = scratch_.take<float>(depth_ * kScoreGroups * kLanes);
@@ -201,18 +203,20 @@ class Worker {
 
   // kLanes keys from `from` on, side by side: `to` [depth][kStep]. Zero for those from `count` on.
   void pack_keys(int from, int count, float* to) const {
-    const T* k = static_cast<const T*>(a_.k_cache);
     const int64_t units = (a_.head_dim + A::kPer - 1) / A::kPer;
+    const T* lines[kLanes];
+    for (int i = 0; i < kLanes; ++i)
+      lines[i] = from + i < count ? static_cast<const T*>(a_.k_cache) + place_[from + i] : blank_;
     for (int64_t e = 0; e < depth_; e += kLanes) {
+      const int take = int(std::clamp<int64_t>(units - e, 0, kLanes));
       Float rows[kLanes];
-      int take = int(std::clamp<int64_t>(units - e, 0, kLanes));
-      for (int i = 0; i < kLanes; ++i) {
-        rows[i] = zero();
-        if (from + i >= count) continue;
-        const int64_t at = place_[from + i] + e * A::kPer;
-        rows[i] = A::unit(k + at, take);
-        fetch(a_.v_cache, at);  // a little at a time: a CPU waits where many are asked for at once
+      if (take == kLanes) {
+        for (int i = 0; i < kLanes; ++i) rows[i] = A::unit(lines[i] + e * A::kPer);
+      } else {
+        for (int i = 0; i < kLanes; ++i) rows[i] = A::unit(lines[i] + e * A::kPer, take);
       }
+      // Their values, a little at a time: a CPU waits where many lines are asked for at once.
+      for (int i = 0; i < kLanes; ++i) fetch(a_.v_cache, place_[std::min(from + i, count - 1)] + e * A::kPer);
       transpose(rows);
       for (int i = 0; i < kLanes; ++i) store(to + (e + i) * kScoreGroups * kLanes, rows[i]);
     }
@@ -312,6 +316,7 @@ class Worker {
   int coming_ = 0;
   Unit* queries_ = nullptr;
   float *keys_ = nullptr, *values_ = nullptr;
+  T* blank_ = nullptr;  // a row of zeros
   int64_t *position_ = nullptr, *place_ = nullptr, *next_place_ = nullptr;
   float* scores_ = nullptr;
   typename A::Weight* weights_ = nullptr;

@@ -53,8 +53,9 @@ struct Wide {  // in float32
   using Unit = float;
   static constexpr int kPer = 1;  // elements of a Unit
   using Weight = float;
-  static Float unit(const T* x, int count) { return count == kLanes ? load(x) : load(x, count); }
-  static Float values(const T* a, int count) { return unit(a, count); }
+  static Float unit(const T* x) { return load(x); }
+  static Float unit(const T* x, int count) { return load(x, count); }
+  static Float values(const T* a, int count) { return count == kLanes ? load(a) : load(a, count); }
   static Float step(Float sum, Float many, float one) { return fma(many, all(one), sum); }
   static void weights(float* to, Float low, Float high) {
     store(to, low);
@@ -66,6 +67,7 @@ struct Paired {  // bfloat16, two products at a time
   using Unit = uint32_t;
   static constexpr int kPer = 2;
   using Weight = bf16;
+  static Float unit(const bf16* x) { return load(reinterpret_cast<const float*>(x)); }
   static Float unit(const bf16* x, int count) {
     __mmask16 mask = __mmask16((1u << count) - 1);
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi32(mask, x))};
