@@ -17,6 +17,9 @@ def _require(ok: bool, name: str, value: Any, expected: str) -> None:
         raise ConfigError(f"{name}={value!r}: expected {expected}")
 
 
+COMPILE_MODES = ("auto", "eager", "inductor")
+
+
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -36,6 +39,7 @@ class ModelConfig:
         device: "auto" (CUDA if present), or any torch device.
         skip_tokenizer_init: load no tokenizer: prompts and outputs are token ids only.
         seed: the engine seed, from which requests without a seed of their own get theirs.
+        compile: how the step runs, as `folo.compile` takes it: "auto", "eager" or "inductor".
         trust_remote_code: accepted for compatibility; folo never runs remote code.
 
     Raises:
@@ -48,10 +52,12 @@ class ModelConfig:
     device: str | torch.device = "auto"
     skip_tokenizer_init: bool = False
     seed: int = 0
+    compile: str = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         _require(_is_count(self.seed, 0) and self.seed < 2**64, "seed", self.seed, "an int in [0, 2**64)")
+        _require(self.compile in COMPILE_MODES, "compile", self.compile, f"one of {COMPILE_MODES}")
         if self.trust_remote_code:
             warnings.warn("trust_remote_code=True has no effect: folo never runs remote code", stacklevel=3)
 

@@ -26,7 +26,7 @@ from folo.state.lifecycle import abort, collect, submit, vacate
 from folo.state.outputs import has_unfinished, output_of
 from folo.state.schedule import schedule
 from folo.state.sequence import Sequence as Continuation
-from folo.step import step
+from folo.step import compile, step
 from folo.texts import Texts
 
 # Text, token ids (a one-dimensional tensor too), or vLLM's {"prompt": ...} or
@@ -66,6 +66,7 @@ class LLMEngine:
         self.state: EngineState = init(
             self.params, config.cache, config.scheduler, self.tokenizer, model.seed
         )
+        self._step = compile(step, config.model.compile)
         self._next_id = 0
         self._clocks: dict[str, Clock] = {}
         self._texts = Texts()
@@ -262,7 +263,7 @@ class LLMEngine:
         if batch is None:
             return ()
         begun = time.perf_counter()
-        self.state, tokens = step(self.params, self.state, batch)
+        self.state, tokens = self._step(self.params, self.state, batch)
         now = time.perf_counter()
         for item in batch.scheduled:
             if item.admitted:

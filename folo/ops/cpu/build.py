@@ -28,12 +28,12 @@ _ISAS = {
     "avx512_bf16": f"-DFOLO_AVX512_BF16 {_AVX512} -mavx512bf16",
     "amx": f"-DFOLO_AMX {_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
-# Norms and the like have nothing to gain from bfloat16 products.
+# What has nothing to gain from an instruction set is not compiled for it.
 _UNITS = {
     "linear": ("avx2", "avx512", "avx512_bf16", "amx"),
     "attention": ("avx2", "avx512", "avx512_bf16", "amx"),
-    "norm": ("avx2", "avx512"),
-    "rope": ("avx2", "avx512"),
+    "norm": ("avx2", "avx512", "avx512_bf16"),
+    "rope": ("avx2", "avx512", "avx512_bf16"),
     "sampler": ("avx2", "avx512"),
 }
 # -ffp-contract=off: what a compiler fuses, it fuses here and not there. -Wno-*uninitialized: gcc 12 finds

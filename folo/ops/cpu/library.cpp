@@ -53,13 +53,13 @@ bool has_amx() {
 }
 
 // Best first. What is the same source for two of them is compiled once.
-#define FOLO_KERNELS(NAME, NARROW, WIDE)                                                                        \
-  {                                                                                                            \
-    #NAME, has_##NAME, NARROW::linear, WIDE::norm, WIDE::silu_mul, WIDE::rope, NARROW::attention, WIDE::philox, \
-        WIDE::penalize, WIDE::warp, WIDE::draw, WIDE::logprobs                                                 \
+#define FOLO_KERNELS(NAME, ROWS, SAMPLER)                                                                   \
+  {                                                                                                        \
+    #NAME, has_##NAME, NAME::linear, ROWS::norm, ROWS::silu_mul, ROWS::rope, NAME::attention,              \
+        SAMPLER::philox, SAMPLER::penalize, SAMPLER::warp, SAMPLER::draw, SAMPLER::logprobs                \
   }
 const Kernels kKernels[] = {
-    FOLO_KERNELS(amx, amx, avx512),
+    FOLO_KERNELS(amx, avx512_bf16, avx512),
     FOLO_KERNELS(avx512_bf16, avx512_bf16, avx512),
     FOLO_KERNELS(avx512, avx512, avx512),
     FOLO_KERNELS(avx2, avx2, avx2),

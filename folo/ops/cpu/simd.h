@@ -72,6 +72,11 @@ inline Float widen(Half a, bf16) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16))};
 }
 inline Float widen(Half a, fp16) { return {_mm512_cvtph_ps(a)}; }
+#if defined(FOLO_AVX512_BF16) || defined(FOLO_AMX)
+inline Half narrow(Float a, bf16) {  // to nearest, ties to even; NaN stays NaN; denormals become 0
+  return reinterpret_cast<Half>(_mm512_cvtneps_pbh(a.v));
+}
+#else
 inline Half narrow(Float a, bf16) {  // to nearest, ties to even; NaN stays NaN
   __m512i bits = _mm512_castps_si512(a.v);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -80,6 +85,7 @@ inline Half narrow(Float a, bf16) {  // to nearest, ties to even; NaN stays NaN
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
+#endif
 inline Half narrow(Float a, fp16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
 
 #else
