@@ -289,6 +289,43 @@ def test_attention_does_not_see_blocks(block_size: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [8, 16, 24, 256])
+def test_attention_to_shared_blocks_is_as_if_they_were_not_shared(
+    block_size: int, dtype: torch.dtype
+) -> None:
+    """Sequences that begin with the same blocks may be computed together: nothing may show of it."""
+    lengths, spans, shared = [300, 513, 600, 256, 257, 777, 530, 12, 770], [1, 1, 3, 1, 2, 1, 1, 1, 9], 520
+    heads, num_kv_heads, head_dim = 6, 2, 32
+    k, v = random(2, 400, num_kv_heads, block_size, head_dim, dtype=dtype).transpose(2, 3)
+    width = -(-max(lengths) // block_size)
+    tables = torch.arange(1, 1 + len(lengths) * width).view(len(lengths), width) % 400
+    tables[:, : shared // block_size] = tables[0, : shared // block_size]
+    tables[3, 0] = 399  # all but one begin alike
+    starts = torch.tensor([0, *spans]).cumsum(0)
+    q = random(int(starts[-1]), heads, head_dim, dtype=dtype) * 3
+
+    def attend(rows: Sequence[int], tables: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        query = torch.cat([q[starts[r] : starts[r + 1]] for r in rows])
+        counts = torch.tensor([0, *(spans[r] for r in rows)]).cumsum(0).int()
+        lens = torch.tensor([lengths[r] for r in rows]).int()
+        out = ops.paged_attention(query, k, v, tables[list(rows)].int(), counts, lens, head_dim**-0.5)
+        return list(out.split([spans[r] for r in rows]))
+
+    alone = [attend([r], tables, k, v)[0] for r in range(len(lengths))]
+    for count in THREADS:
+        torch.set_num_threads(count)
+        for order in (range(len(lengths)), [5, 2, 8, 1, 0, 6, 4], [1, 2] * 12):
+            for r, out in zip(order, attend(order, tables, k, v), strict=True):
+                assert same_bits(out, alone[r]), (count, r)
+    # The same K and V with blocks for each alone.
+    own = torch.arange(tables.numel()).view_as(tables)
+    for out, expected in zip(
+        attend(range(len(lengths)), own, k[tables.flatten()], v[tables.flatten()]), alone, strict=True
+    ):
+        assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_keeps_the_contract_over_long_contexts_and_many_mates(dtype: torch.dtype) -> None:
     heads = (16, 2, 2)
     contexts = [Context.random(length, heads, dtype, seed=length) for length in (600, 599, 513, 512, 1, 130)]

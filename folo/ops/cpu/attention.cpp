@@ -3,7 +3,8 @@
 // Keys go in tiles of kKeys from position 0 upward, whatever the block size. Each tile gives a row its own
 // maximum, sum and weighted values (softmax within the tile); tiles are then merged in order, as in Milakov &
 // Gimelshein 2018. A tile's part depends on nothing before it, so the tiles of one long context can be shared
-// out among threads without changing a bit. Within a tile, scores sum over the head dimension in order, and
+// out among threads, and sequences that share their first blocks can see them together, without changing a bit.
+// Within a tile, scores sum over the head dimension in order, and
 // values over the keys in order; a key that a row does not see has weight 0, which adds nothing. Weights are
 // powers of two of scores times log2(e), in float32; bfloat16 products round them, as in flash attention.
 #include <omp.h>
@@ -16,6 +17,7 @@
 
 #include "blocks.h"
 #include "kernels.h"
+#include "plan.h"
 #include "products.h"
 #include "rows.h"
 #include "scratch.h"
@@ -27,8 +29,6 @@
 namespace folo::FOLO_ISA {
 namespace {
 
-constexpr int kKeys = 256;                      // of a tile
-constexpr int kQueries = 96;                    // rows of a query tile: tokens times heads of a group
 constexpr int kScoreGroups = 2;                 // vectors of keys that a block of rows is scored against
 constexpr int kScoreStride = kKeys + 16;        // from row to row: not a power of two, or they share cache lines
 constexpr int kWeightStride = kKeys + 32;
@@ -43,19 +43,6 @@ inline int64_t padded(int64_t x) { return (x + 15) / 16 * 16; }
 // What a query tile has gathered of the keys so far, or of one tile of them.
 struct Part {
   float *top, *total, *sums;  // [rows], [rows], [rows, width]
-};
-
-// Some query rows of one KV head of one sequence.
-struct Tile {
-  int64_t sequence, head, first, rows;
-  int64_t length;  // keys up to the last row's position
-  int64_t num_tiles() const { return (length + kKeys - 1) / kKeys; }
-};
-
-// A tile of keys that a query tile is to see.
-struct Step {
-  const Tile* tile;
-  int64_t number;
 };
 
 template <typename T>
@@ -77,51 +64,58 @@ class Worker {
 
   Part own() const { return own_; }
 
-  void start(const Tile& t) {
-    tile_ = t;
+  // Take the rows of a query tile, which have seen nothing yet.
+  void start(const Tile& tile) {
+    tile_ = tile;
     const T* q = static_cast<const T*>(a_.q);
-    for (int64_t r = 0; r < t.rows; ++r) {
-      int64_t row = t.first + r;
-      const T* from = q + (begin(t) + row / group_) * a_.num_heads * a_.head_dim +
-                      (t.head * group_ + row % group_) * a_.head_dim;
-      Unit* to = queries_ + r * depth_;
-      for (int64_t i = 0; i < depth_; ++i) to[i] = 0;
-      if constexpr (A::kPer == 2) {
-        std::memcpy(to, from, size_t(a_.head_dim) * sizeof(T));
-      } else {
-        for (int64_t i = 0; i < a_.head_dim; ++i) to[i] = folo::widen(from[i]);
+    int64_t r = 0;
+    for (const Member* m = tile.members; m < tile.members + tile.num_members; ++m) {
+      const int64_t begin = a_.query_start[m->sequence], tokens = a_.query_start[m->sequence + 1] - begin;
+      for (int64_t row = m->first; row < m->first + m->rows; ++row, ++r) {
+        row_place_[r] = ((begin + row / group_) * a_.num_heads + tile.head * group_ + row % group_) * a_.head_dim;
+        position_[r] = a_.seq_lens[m->sequence] - tokens + row / group_;
+        Unit* to = queries_ + r * depth_;
+        for (int64_t i = 0; i < depth_; ++i) to[i] = 0;
+        if constexpr (A::kPer == 2) {
+          std::memcpy(to, q + row_place_[r], size_t(a_.head_dim) * sizeof(T));
+        } else {
+          for (int64_t i = 0; i < a_.head_dim; ++i) to[i] = folo::widen(q[row_place_[r] + i]);
+        }
       }
-      position_[r] = a_.seq_lens[t.sequence] - (end(t) - begin(t)) + row / group_;
     }
-    std::fill_n(sum_.top, t.rows, kNone);
-    std::fill_n(sum_.total, t.rows, 0.0f);
-    std::fill_n(sum_.sums, t.rows * width_, 0.0f);
+    std::fill_n(sum_.top, tile.rows, kNone);
+    std::fill_n(sum_.total, tile.rows, 0.0f);
+    std::fill_n(sum_.sums, tile.rows * width_, 0.0f);
   }
 
-  // The part of keys [number * kKeys, ...) alone; returns the first row that sees any of them. `next`: what
-  // comes after it, if anything does: to be fetched in time.
-  int64_t tile(int64_t number, Step next, Part to) {
-    const int64_t start = number * kKeys;
-    const int64_t first = std::lower_bound(position_, position_ + tile_.rows, start) - position_;
-    const int count = locate({&tile_, number}, place_);
-    coming_ = next.tile ? locate(next, next_place_) : 0;
-    score(first, count);
-    for (int64_t r = first; r < tile_.rows; ++r) weigh(r, int(position_[r] + 1 - start), count, to);
-    value(first, count, to);
+  // What the keys of a span alone give to its rows; the first row that sees any of them. `next`: the span that
+  // comes after, if one does, and its tile: to be fetched in time.
+  int64_t span(const Span& span, const Span* next, int64_t next_head, Part to) {
+    const int64_t start = span.number * kKeys;
+    const int64_t first = std::lower_bound(position_ + span.begin, position_ + span.end, start) - position_;
+    const int count = int(span.count);
+    locate(span, tile_.head, place_);
+    coming_ = next ? int(next->count) : 0;
+    if (next) locate(*next, next_head, next_place_);
+    score(first, span.end, count);
+    for (int64_t r = first; r < span.end; ++r) weigh(r, int(std::min<int64_t>(kKeys, position_[r] + 1 - start)), count, to);
+    value(first, span.end, count, to);
     return first;
   }
 
-  // `next`, from row `first` on, added to what the tiles of keys before it came to.
-  void merge(Part next, int64_t first) {
+  // `next`, of rows [first, end), added to what the keys before came to.
+  void merge(Part next, int64_t first, int64_t end) {
     alignas(64) float old_scale[kLanes], new_scale[kLanes];
-    for (int64_t at = first; at < tile_.rows; at += kLanes) {
+    for (int64_t at = first; at < end; at += kLanes) {
       const Float before = load(sum_.top + at), own = load(next.top + at), top = max(before, own);
       const Float shrunk = exp2(before - top), added = exp2(own - top);
+      const Float total = load(sum_.total + at) * shrunk + load(next.total + at) * added;
+      const int rows = int(std::min<int64_t>(kLanes, end - at));
       store(old_scale, shrunk);
       store(new_scale, added);
-      store(sum_.top + at, top);
-      store(sum_.total + at, load(sum_.total + at) * shrunk + load(next.total + at) * added);
-      for (int64_t r = at; r < std::min(tile_.rows, at + kLanes); ++r) {
+      store(sum_.top + at, top, rows);
+      store(sum_.total + at, total, rows);
+      for (int64_t r = at; r < at + rows; ++r) {
         float *to = sum_.sums + r * width_, *from = next.sums + r * width_;
         const Float kept = all(old_scale[r - at]), taken = all(new_scale[r - at]);
         for (int64_t i = 0; i < width_; i += kLanes) store(to + i, load(to + i) * kept + load(from + i) * taken);
@@ -130,11 +124,8 @@ class Worker {
   }
 
   void finish() const {
-    T* out = static_cast<T*>(a_.out);
     for (int64_t r = 0; r < tile_.rows; ++r) {
-      int64_t row = tile_.first + r;
-      T* to = out + (begin(tile_) + row / group_) * a_.num_heads * a_.head_dim +
-              (tile_.head * group_ + row % group_) * a_.head_dim;
+      T* to = static_cast<T*>(a_.out) + row_place_[r];
       for (int64_t i = 0; i < a_.head_dim; i += kLanes) {
         Float value = load(sum_.sums + r * width_ + i) / all(sum_.total[r]);
         int64_t left = a_.head_dim - i;
@@ -156,6 +147,7 @@ class Worker {
   void take() {
     queries_ = scratch_.take<Unit>(kQueries * depth_);
     position_ = scratch_.take<int64_t>(kQueries);
+    row_place_ = scratch_.take<int64_t>(kQueries);
     blank_ = scratch_.take<T>(depth_ * A::kPer);
     place_ = scratch_.take<int64_t>(kKeys);
     next_place_ = scratch_.take<int64_t>(kKeys);
@@ -167,22 +159,17 @@ class Worker {
     sum_ = part_at(scratch_.take<float>(floats_of_part()));
   }
 
-  int64_t begin(const Tile& t) const { return a_.query_start[t.sequence]; }
-  int64_t end(const Tile& t) const { return a_.query_start[t.sequence + 1]; }
-
-  // Where the keys of a tile lie, in elements from the start of the caches, and how many they are.
-  int locate(Step step, int64_t* place_of) const {
-    const int64_t start = step.number * kKeys;
-    const int count = int(std::min<int64_t>(kKeys, step.tile->length - start));
-    const int32_t* table = a_.block_tables + step.tile->sequence * a_.table_width + start / a_.block_size;
+  // Where the keys of a span lie, in elements from the start of the caches.
+  void locate(const Span& span, int64_t head, int64_t* place_of) const {
+    const int64_t start = span.number * kKeys, count = span.count;
+    const int32_t* table = a_.block_tables + span.sequence * a_.table_width + start / a_.block_size;
     const auto& strides = a_.strides;
     int64_t offset = start % a_.block_size;
-    for (int j = 0; j < count; offset = 0, ++table) {
-      int64_t place = *table * strides.block + offset * strides.slot + step.tile->head * strides.head;
-      for (int end = int(std::min<int64_t>(count, j + a_.block_size - offset)); j < end; ++j, place += strides.slot)
+    for (int64_t j = 0; j < count; offset = 0, ++table) {
+      int64_t place = *table * strides.block + offset * strides.slot + head * strides.head;
+      for (const int64_t end = std::min(count, j + a_.block_size - offset); j < end; ++j, place += strides.slot)
         place_of[j] = place;
     }
-    return count;
   }
 
   static constexpr int64_t kLine = 64 / int64_t(sizeof(T));  // of a cache, in elements
@@ -192,12 +179,12 @@ class Worker {
     _mm_prefetch(static_cast<const char*>(cache) + at * int64_t(sizeof(T)), _MM_HINT_T1);
   }
 
-  // Scores of the rows from `first` on with keys 0 to `count`, which take their places in lanes.
-  void score(int64_t first, int count) {
+  // Scores of rows [first, end) with keys 0 to `count`, which take their places in lanes.
+  void score(int64_t first, int64_t end, int count) {
     constexpr int kStep = kScoreGroups * kLanes;
     for (int j = 0; j < count; j += kStep) {
       for (int g = 0; g < kScoreGroups; ++g) pack_keys(j + g * kLanes, count, keys_ + g * kLanes);
-      products<kScoreRows, kScoreGroups>(first, queries_, depth_, keys_, kStep, depth_, scores_ + j, kScoreStride);
+      products<kScoreRows, kScoreGroups>(first, end, queries_, depth_, keys_, kStep, depth_, scores_ + j, kScoreStride);
     }
   }
 
@@ -226,7 +213,6 @@ class Worker {
   void weigh(int64_t r, int visible, int count, Part to) {
     float* scores = scores_ + r * kScoreStride;
     typename A::Weight* weights = weights_ + r * kWeightStride;
-    visible = std::min(visible, count);
     const int whole = (count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
     for (int j = visible; j < whole; ++j) scores[j] = kNone;
     const Float scale = all(a_.scale * kLog2E);
@@ -243,7 +229,7 @@ class Worker {
     to.total[r] = sum(total);
   }
 
-  void value(int64_t first, int count, Part to) {
+  void value(int64_t first, int64_t end, int count, Part to) {
     pack_values(count);
     // Whole vectors of keys: those beyond `count` have weight 0 and value 0.
     const int64_t units = (count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes) / A::kPer;
@@ -251,7 +237,7 @@ class Worker {
     for (int64_t e = 0; e < width_; e += kValueVectors * kLanes) {
       in_blocks<kValueVectors>(e / kLanes, std::min(e / kLanes + kValueVectors, width_ / kLanes),
                                [&](auto vectors, int64_t at) {
-        products<kValueRows, decltype(vectors)::value>(first, weights, kWeightStride / A::kPer,
+        products<kValueRows, decltype(vectors)::value>(first, end, weights, kWeightStride / A::kPer,
                                                        values_ + at * kLanes, width_, units,
                                                        to.sums + at * kLanes, width_);
       });
@@ -286,15 +272,15 @@ class Worker {
     std::fill(values_ + units * width_, values_ + whole * width_, 0.0f);
   }
 
-  // The products of this query tile's rows from `first` on: `out` begins at row 0, and so do `rows`.
+  // The products of rows [first, end) of this query tile: `out` begins at row 0, and so do `rows`.
   template <int R, int C>
-  void products(int64_t first, const Unit* rows, int64_t row_stride, const float* columns, int64_t column_stride,
+  void products(int64_t first, int64_t end, const Unit* rows, int64_t row_stride, const float* columns, int64_t column_stride,
                 int64_t depth, float* out, int64_t out_stride) {
 #ifdef FOLO_AMX
     if constexpr (A::kPer == 2) {
       const auto* left = reinterpret_cast<const uint32_t*>(columns);
-      for (int64_t row = first; row < tile_.rows; row += 2 * amx::kTileRows) {
-        const int count = int(std::min<int64_t>(2 * amx::kTileRows, tile_.rows - row));
+      for (int64_t row = first; row < end; row += 2 * amx::kTileRows) {
+        const int count = int(std::min<int64_t>(2 * amx::kTileRows, end - row));
         for (int c = 0; c < C; c += 2)
           amx::block_of(registers_, count, rows + row * row_stride, row_stride, left + c * kLanes,
                         c + 1 < C ? left + (c + 1) * kLanes : nullptr, column_stride, depth,
@@ -303,7 +289,7 @@ class Worker {
       return;
     }
 #endif
-    in_blocks<R>(first, tile_.rows, [&](auto size, int64_t row) {
+    in_blocks<R>(first, end, [&](auto size, int64_t row) {
       row_block<A, decltype(size)::value, C>(rows + row * row_stride, row_stride, columns, column_stride, depth,
                                              out + row * out_stride, out_stride);
     });
@@ -317,7 +303,7 @@ class Worker {
   Unit* queries_ = nullptr;
   float *keys_ = nullptr, *values_ = nullptr;
   T* blank_ = nullptr;  // a row of zeros
-  int64_t *position_ = nullptr, *place_ = nullptr, *next_place_ = nullptr;
+  int64_t *position_ = nullptr, *row_place_ = nullptr, *place_ = nullptr, *next_place_ = nullptr;
   float* scores_ = nullptr;
   typename A::Weight* weights_ = nullptr;
   Part own_{}, sum_{};
@@ -326,73 +312,55 @@ class Worker {
 #endif
 };
 
-std::vector<Tile> tiles_of(const Attention& a) {
-  std::vector<Tile> tiles;
-  const int64_t group = a.num_heads / a.num_kv_heads;
-  for (int64_t s = 0; s < a.num_sequences; ++s) {
-    const int64_t tokens = a.query_start[s + 1] - a.query_start[s], rows = tokens * group;
-    for (int64_t first = 0; first < rows; first += kQueries) {
-      const int64_t count = std::min<int64_t>(kQueries, rows - first);
-      const int64_t length = a.seq_lens[s] - tokens + (first + count - 1) / group + 1;
-      for (int64_t h = 0; h < a.num_kv_heads; ++h)
-        tiles.push_back({s, h, first, count, length});
-    }
-  }
-  // Those that take longest first, so that no thread is left with one at the end.
-  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& x, const Tile& y) {
-    return x.num_tiles() * (x.rows + 8) > y.num_tiles() * (y.rows + 8);
-  });
-  return tiles;
-}
-
 template <typename T>
 void attention_of(const Attention& a) {
-  const std::vector<Tile> tiles = tiles_of(a);
-  const int64_t count = int64_t(tiles.size()), threads = omp_get_max_threads();
+  const int64_t threads = omp_get_max_threads();
+  const Plan plan(a, threads);
+  const std::vector<Tile>& tiles = plan.tiles;
+  const std::vector<Span>& spans = plan.spans;
+  const int64_t count = int64_t(tiles.size()), num_spans = int64_t(spans.size());
   if (!count) return;
-  if (threads == 1 || count >= 4 * threads || tiles[0].num_tiles() == 1) {
+  auto compute = [&](Worker<T>& worker, int64_t n, Part to) {
+    const Span* next = n + 1 < num_spans ? &spans[size_t(n) + 1] : nullptr;
+    return worker.span(spans[size_t(n)], next, next ? tiles[size_t(next->tile)].head : 0, to);
+  };
+  if (threads == 1 || count >= 4 * threads || num_spans == count) {
     // Neighbours to one thread, which fetches the second while it works on the first.
     const int64_t chunk = std::clamp<int64_t>(count / (16 * threads), 1, 8);
 #pragma omp parallel
     {
       Worker<T> worker(a);
 #pragma omp for schedule(dynamic, chunk)
-      for (int64_t n = 0; n < count; ++n) {
-        const Tile& tile = tiles[size_t(n)];
+      for (int64_t t = 0; t < count; ++t) {
+        const Tile& tile = tiles[size_t(t)];
         worker.start(tile);
-        for (int64_t k = 0; k < tile.num_tiles(); ++k) {
-          const Step after = n + 1 < count ? Step{&tile + 1, 0} : Step{};
-          const int64_t first = worker.tile(k, k + 1 < tile.num_tiles() ? Step{&tile, k + 1} : after, worker.own());
-          worker.merge(worker.own(), first);
+        for (int64_t n = tile.first_span; n < tile.end_span; ++n) {
+          const int64_t first = compute(worker, n, worker.own());
+          worker.merge(worker.own(), first, spans[size_t(n)].end);
         }
         worker.finish();
       }
     }
     return;
   }
-  // Few, and long: each tile of keys is work of its own, and the parts are merged afterwards.
-  std::vector<Step> units;
-  for (int64_t n = 0; n < count; ++n)
-    for (int64_t k = 0; k < tiles[size_t(n)].num_tiles(); ++k) units.push_back({&tiles[size_t(n)], k});
-  std::vector<int64_t> offset(size_t(count) + 1, 0);
-  for (int64_t n = 0; n < count; ++n) offset[size_t(n) + 1] = offset[size_t(n)] + tiles[size_t(n)].num_tiles();
-  std::vector<int64_t> first(units.size());
+  // Few, and long: each span is work of its own, and the parts are merged afterwards.
+  std::vector<int64_t> first(spans.size());
   const int64_t size = Worker<T>(a).floats_of_part();
-  std::unique_ptr<float[]> parts(new float[units.size() * size_t(size)]);
+  std::unique_ptr<float[]> parts(new float[spans.size() * size_t(size)]);
 #pragma omp parallel
   {
     Worker<T> worker(a);
 #pragma omp for schedule(static)
-    for (int64_t u = 0; u < int64_t(units.size()); ++u) {
-      const Step step = units[size_t(u)], after = u + 1 < int64_t(units.size()) ? units[size_t(u) + 1] : Step{};
-      worker.start(*step.tile);
-      first[size_t(u)] = worker.tile(step.number, after, worker.part_at(parts.get() + u * size));
+    for (int64_t n = 0; n < num_spans; ++n) {
+      worker.start(tiles[size_t(spans[size_t(n)].tile)]);
+      first[size_t(n)] = compute(worker, n, worker.part_at(parts.get() + n * size));
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t n = 0; n < count; ++n) {
-      worker.start(tiles[size_t(n)]);
-      for (int64_t u = offset[size_t(n)]; u < offset[size_t(n) + 1]; ++u)
-        worker.merge(worker.part_at(parts.get() + u * size), first[size_t(u)]);
+    for (int64_t t = 0; t < count; ++t) {
+      const Tile& tile = tiles[size_t(t)];
+      worker.start(tile);
+      for (int64_t n = tile.first_span; n < tile.end_span; ++n)
+        worker.merge(worker.part_at(parts.get() + n * size), first[size_t(n)], spans[size_t(n)].end);
       worker.finish();
     }
   }

@@ -110,8 +110,10 @@ def _compile(compiler: str, target: Path) -> None:
     openmp = [*(root / "lib").glob("libgomp*"), *(root.parent / "torch.libs").glob("libgomp*")][:1]
     with TemporaryDirectory(dir=target.parent) as directory:
         commands: dict[str, list[str]] = {}
-        for unit, isas in _UNITS.items():
-            for isa in isas:
+        # The least instruction set first: of what the standard library's templates come to in several
+        # objects, the linker keeps the first, which has to run wherever the others do.
+        for isa in _ISAS:
+            for unit in (unit for unit, isas in _UNITS.items() if isa in isas):
                 out = f"{directory}/{unit}.{isa}.o"
                 commands[out] = [*flags.split(), *_ISAS[isa].split(), "-c", f"{SOURCES / unit}.cpp"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"

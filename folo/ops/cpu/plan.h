@@ -1,0 +1,129 @@
+// What attention has to do, cut into pieces: query tiles, and the tiles of keys that each of them is to see.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace folo::FOLO_ISA {
+
+constexpr int kKeys = 256;    // of a tile
+constexpr int kQueries = 96;  // rows of a query tile: tokens times heads of a group
+
+// Rows of a query tile that are of one sequence: `first` of its rows, counted by tokens and heads of a group.
+struct Member {
+  int64_t sequence, first, rows;
+};
+
+// Some query rows of one KV head: of one sequence, or of several whose first keys are the same blocks.
+struct Tile {
+  int64_t head, rows;
+  const Member* members;
+  int64_t num_members;
+  int64_t first_span, end_span;
+};
+
+// Keys [number * kKeys, ...) of a sequence, to be seen by rows [begin, end) of a query tile.
+struct Span {
+  int64_t tile, sequence, number, begin, end;
+  int64_t count;  // of keys, up to the last row's position
+};
+
+class Plan {
+ public:
+  Plan(const Attention& a, int64_t threads) : a_(a), group_(a.num_heads / a.num_kv_heads) {
+    std::vector<std::vector<Member>> bundles;
+    std::vector<Member> few;  // sequences of a few rows: they may share their first tiles of keys
+    for (int64_t s = 0; s < a.num_sequences; ++s) {
+      const int64_t rows = (a.query_start[s + 1] - a.query_start[s]) * group_;
+      if (rows > 0 && rows * 2 <= kQueries) {
+        few.push_back({s, 0, rows});
+      } else {
+        for (int64_t first = 0; first < rows; first += kQueries)
+          bundles.push_back({{s, first, std::min<int64_t>(kQueries, rows - first)}});
+      }
+    }
+    const int64_t rows = bundle_rows(few, threads);
+    for (const Member& member : few) {
+      const bool fits = !bundles.empty() && bundles.back()[0].rows * 2 <= kQueries &&
+                        rows_of(bundles.back()) + member.rows <= rows && shared_tiles(bundles.back()[0], member) > 0;
+      if (!fits) bundles.emplace_back();
+      bundles.back().push_back(member);
+    }
+    // Those that take longest first, so that no thread is left with one at the end.
+    std::stable_sort(bundles.begin(), bundles.end(), [&](const auto& x, const auto& y) { return cost(x) > cost(y); });
+    for (const auto& bundle : bundles) members_.insert(members_.end(), bundle.begin(), bundle.end());
+    const Member* at = members_.data();
+    for (const auto& bundle : bundles) {
+      for (int64_t h = 0; h < a.num_kv_heads; ++h) add(h, at, int64_t(bundle.size()));
+      at += bundle.size();
+    }
+  }
+
+  std::vector<Tile> tiles;
+  std::vector<Span> spans;  // a tile's spans stand together, those of each row in the order of the keys
+
+ private:
+  static int64_t rows_of(const std::vector<Member>& bundle) {
+    int64_t rows = 0;
+    for (const Member& member : bundle) rows += member.rows;
+    return rows;
+  }
+
+  // Of a bundle: as many as leave every thread some bundles.
+  int64_t bundle_rows(const std::vector<Member>& few, int64_t threads) const {
+    const int64_t all = rows_of(few) * a_.num_kv_heads;
+    return std::clamp<int64_t>(all / (4 * threads), 1, kQueries);
+  }
+
+  int64_t length(const Member& m) const {  // keys up to the last row's position
+    const int64_t tokens = a_.query_start[m.sequence + 1] - a_.query_start[m.sequence];
+    return a_.seq_lens[m.sequence] - tokens + (m.first + m.rows - 1) / group_ + 1;
+  }
+
+  double cost(const std::vector<Member>& bundle) const {
+    double sum = 0;
+    for (const Member& m : bundle) sum += double(length(m)) * double(m.rows + 8);
+    return sum;
+  }
+
+  // Tiles of keys that all rows of both see whole, and that lie in the same blocks.
+  int64_t shared_tiles(const Member& x, const Member& y) const {
+    auto seen = [&](const Member& m) { return (length(m) - (m.rows - 1) / group_) / kKeys; };
+    const int64_t most = std::min(seen(x), seen(y));
+    const int32_t *a = a_.block_tables + x.sequence * a_.table_width, *b = a_.block_tables + y.sequence * a_.table_width;
+    int64_t same = 0;
+    for (int64_t end = 0; same < most; ++same) {
+      end = ((same + 1) * kKeys + a_.block_size - 1) / a_.block_size;
+      if (!std::equal(a, a + end, b)) break;
+    }
+    return same;
+  }
+
+  void add(int64_t head, const Member* members, int64_t count) {
+    Tile tile{head, 0, members, count, int64_t(spans.size()), 0};
+    int64_t shared = count > 1 ? shared_tiles(members[0], members[1]) : 0;
+    for (int64_t m = 2; m < count; ++m) shared = std::min(shared, shared_tiles(members[0], members[m]));
+    for (int64_t m = 0; m < count; ++m) tile.rows += members[m].rows;
+    const int64_t place = int64_t(tiles.size());
+    for (int64_t k = 0; k < shared; ++k) spans.push_back({place, members[0].sequence, k, 0, tile.rows, kKeys});
+    int64_t begin = 0;
+    for (int64_t m = 0; m < count; begin += members[m].rows, ++m) {
+      const int64_t keys = length(members[m]);
+      for (int64_t k = shared; k * kKeys < keys; ++k)
+        spans.push_back({place, members[m].sequence, k, begin, begin + members[m].rows,
+                         std::min<int64_t>(kKeys, keys - k * kKeys)});
+    }
+    tile.end_span = int64_t(spans.size());
+    tiles.push_back(tile);
+  }
+
+  const Attention& a_;
+  const int64_t group_;
+  std::vector<Member> members_;
+};
+
+}  // namespace folo::FOLO_ISA
