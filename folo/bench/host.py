@@ -51,8 +51,8 @@ class HostCost:
 class Host:
     """Steps a state as `folo.step` does, with random tokens for the device function's, and a clock."""
 
-    def __init__(self) -> None:
-        self._random = random.Random(0)
+    def __init__(self, vocab_size: int = _VOCABULARY) -> None:
+        self._random, self._ids = random.Random(0), range(vocab_size)
         self.clock = [0.0, 0.0, 0.0]  # schedule, prologue, epilogue, in seconds
 
     def step(self, state: folo.EngineState) -> folo.EngineState | None:
@@ -72,7 +72,7 @@ class Host:
         t2 = time.perf_counter()
         left, sampled = len(prepared.rows), []
         while left > 0:
-            ids = self._random.choices(range(_VOCABULARY), k=min(left, ROWS_PER_TILE))
+            ids = self._random.choices(self._ids, k=min(left, ROWS_PER_TILE))
             sampled.append(Sampled(torch.tensor(ids), None, None, None, None))
             left -= ROWS_PER_TILE
         t3 = time.perf_counter()

@@ -1,0 +1,153 @@
+"""`folo bench growth`: how the time of a decode step grows with the batch and with the context.
+
+A random model of four layers of Qwen3-0.6B's shape and 32k positions. The prompts are not computed: their
+blocks are filled with numbers, and the clock runs over decode steps alone. Beside each time stands what the
+roofline allows for the step: its bytes (weights, K and V) over the rate of reading memory, or its operations
+over the rate of torch's matrix product, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from folo.bench import report
+from folo.bench.host import Host
+from folo.bench.kernels import Roofline, roofline
+
+if TYPE_CHECKING:
+    import folo
+
+BATCHES, BATCH_CONTEXT = (1, 2, 4, 8, 16, 32, 64, 128, 256), 256
+CONTEXTS, CONTEXT_BATCHES = (128, 512, 1024, 2048, 4096, 8192, 16384), (1, 8)
+_STEPS, _BLOCK_SIZE = 8, 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """A decode step of `batch` sequences of `context` tokens: the median of several, in seconds."""
+
+    batch: int
+    context: int
+    seconds: float
+    bound: float
+
+    @property
+    def share(self) -> float:
+        """Of the roofline."""
+        return self.bound / self.seconds
+
+
+def model() -> folo.Params:
+    from folo.bench.workloads import QWEN3_600M, random_model
+
+    return random_model(replace(QWEN3_600M, num_layers=4, vocab_size=32_000, max_position_embeddings=32_768))
+
+
+def bound(params: folo.Params, batch: int, context: int, roof: Roofline) -> float:
+    """Seconds that a decode step takes at least."""
+    config = params.config
+    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * params.dtype.itemsize
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * context
+    operations = batch * (2 * params.num_parameters + attention)
+    return roof.seconds(params.num_bytes + batch * context * kv, operations)
+
+
+def measure(params: folo.Params, batch: int, context: int, roof: Roofline, steps: int = _STEPS) -> Point:
+    import folo
+    from folo.bench.workloads import random_ids
+
+    tokens = 8192  # a step of the prompts; those that are ready early go on, by a token for each such step
+    longest = context + -(-batch * context // tokens) + steps + 2
+    blocks = batch * -(-longest // _BLOCK_SIZE)
+    cache = folo.CacheConfig(_BLOCK_SIZE, blocks, enable_prefix_caching=False)
+    state = folo.init(params, cache, folo.SchedulerConfig(max_num_seqs=batch, max_num_batched_tokens=tokens))
+    state.heap.k.fill_(0.01)  # pages that nothing was written to would all be one
+    state.heap.v.fill_(0.01)
+    endless = folo.SamplingParams(temperature=0, ignore_eos=True, max_tokens=None)
+    for n in range(batch):
+        prompt = random_ids(context - 1, params.config.vocab_size, seed=n)
+        state = folo.submit(state, folo.Request(prompt, endless, str(n)))
+    host = Host(params.config.vocab_size)
+    while state.waiting or any(sequence.remaining > 1 for sequence in state.running):
+        state = host.step(state)
+        assert state is not None
+    times = []
+    for _ in range(1 + steps):  # the first warms up
+        ready = folo.schedule(state)
+        assert ready is not None
+        assert ready.num_tokens == batch
+        begin = time.perf_counter()
+        state, _ = folo.step(params, state, ready)
+        times.append(time.perf_counter() - begin)
+    return Point(batch, context, median(times[1:]), bound(params, batch, context, roof))
+
+
+def measure_all(params: folo.Params, roof: Roofline, each: Callable[[], object]) -> list[Point]:
+    sizes = [(batch, BATCH_CONTEXT) for batch in BATCHES]
+    sizes += [(batch, context) for batch in CONTEXT_BATCHES for context in CONTEXTS]
+    points = []
+    for batch, context in sizes:
+        points.append(measure(params, batch, context, roof))
+        each()
+    return points
+
+
+def plot(points: list[Point], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    by_batch = points[: len(BATCHES)]
+    curves = [("context 256", report.BLUE, [p.batch for p in by_batch], by_batch, left)]
+    for batch, colour in zip(CONTEXT_BATCHES, (report.ORANGE, report.GREEN), strict=True):
+        own = [p for p in points[len(BATCHES) :] if p.batch == batch]
+        curves.append((f"batch {batch}", colour, [p.context for p in own], own, right))
+    for label, colour, sizes, own, axes in curves:
+        axes.plot(sizes, [1e3 * p.seconds for p in own], "o-", color=colour, label=label, markersize=4)
+        axes.plot(sizes, [1e3 * p.bound for p in own], "--", color=colour, label="roofline")
+    for axes, name in ((left, "batch"), (right, "context")):
+        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="ms a decode step")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "growth",
+        help="decode time against batch and context",
+        description="Time decode steps for batches of 1 to 256 and contexts of 128 to 16k tokens, beside "
+        "the roofline that the same run measures.",
+        allow_abbrev=False,
+    )
+    report.add_output_options(parser, plot=True)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    import folo  # noqa: F401 (registers the ops)
+
+    params, roof = model(), roofline()
+    total = len(BATCHES) + len(CONTEXT_BATCHES) * len(CONTEXTS)
+    with tqdm(total=total, desc="Growth", unit="size") as bar:
+        points = measure_all(params, roof, bar.update)
+    rows = [
+        [p.batch, p.context, f"{1e3 * p.seconds:.2f}", f"{1e3 * p.bound:.2f}", f"{100 * p.share:.0f} %"]
+        for p in points
+    ]
+    print(report.table(["batch", "context", "ms a step", "roofline, ms", "of the roofline"], rows))
+    print(f"\nroofline: {roof.read / 1e9:.1f} GB/s read, {roof.multiply / 1e9:,.0f} GFLOP/s in bfloat16")
+    if args.json:
+        content = {"roofline": asdict(roof), "points": [asdict(point) for point in points]}
+        report.write_json(args.json, "growth", content, params)
+    if args.plot:
+        plot(points, args.plot)
+    report.print_files(args)
