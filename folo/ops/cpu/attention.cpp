@@ -96,9 +96,13 @@ class Worker {
     const int count = int(span.count);
     locate(span, tile_.head, place_);
     coming_ = next ? int(next->count) : 0;
+    fetched_ = 0;
     if (next) locate(*next, next_head, next_place_);
     score(first, span.end, count);
-    for (int64_t r = first; r < span.end; ++r) weigh(r, int(std::min<int64_t>(kKeys, position_[r] + 1 - start)), count, to);
+    for (int64_t r = first; r < span.end; ++r) {
+      fetch_keys(int(coming_ / 2 * (r + 1 - first) / (span.end - first)));
+      weigh(r, int(std::min<int64_t>(kKeys, position_[r] + 1 - start)), count, to);
+    }
     value(first, span.end, count, to);
     return first;
   }
@@ -179,6 +183,12 @@ class Worker {
     _mm_prefetch(static_cast<const char*>(cache) + at * int64_t(sizeof(T)), _MM_HINT_T1);
   }
 
+  // The next span's keys up to one of them: as many as there is work for in the meantime.
+  void fetch_keys(int end) {
+    for (; fetched_ < end; ++fetched_)
+      for (int64_t e = 0; e < a_.head_dim; e += kLine) fetch(a_.k_cache, next_place_[fetched_] + e);
+  }
+
   // Scores of rows [first, end) with keys 0 to `count`, which take their places in lanes.
   void score(int64_t first, int64_t end, int count) {
     constexpr int kStep = kScoreGroups * kLanes;
@@ -248,8 +258,7 @@ class Worker {
     const T* v = static_cast<const T*>(a_.v_cache);
     const int units = (count + A::kPer - 1) / A::kPer;
     for (int u = 0; u < units; ++u) {
-      for (int j = u * A::kPer; j < std::min(coming_, (u + 1) * A::kPer); ++j)
-        for (int64_t e = 0; e < a_.head_dim; e += kLine) fetch(a_.k_cache, next_place_[j] + e);
+      fetch_keys(coming_ / 2 + (u + 1) * (coming_ - coming_ / 2) / units);
       int64_t e = 0;
       if constexpr (A::kPer == 2) {
         const T* second = 2 * u + 1 < count ? v + place_[2 * u + 1] : nullptr;
@@ -299,7 +308,7 @@ class Worker {
   const int64_t group_, width_, depth_;
   Scratch scratch_;
   Tile tile_{};
-  int coming_ = 0;
+  int coming_ = 0, fetched_ = 0;  // keys of the next span
   Unit* queries_ = nullptr;
   float *keys_ = nullptr, *values_ = nullptr;
   T* blank_ = nullptr;  // a row of zeros
