@@ -24,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from folo.model.export import named_tensors
 from folo.model.params import Params
 from folo.ops.packed import Packed
 
@@ -246,26 +247,4 @@ def plain(weight: Tensor | Packed) -> Tensor:
 
 def state_dict(params: Params) -> dict[str, Tensor]:
     """The weights under transformers' names, with fused projections taken apart."""
-    config = params.config
-    heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-    qkv_sizes = [count * config.head_dim for count in heads]
-    tensors: dict[str, Tensor | None] = {"model.embed_tokens.weight": plain(params.embed)}
-    for index, layer in enumerate(params.layers):
-        prefix = f"model.layers.{index}"
-        tensors[f"{prefix}.input_layernorm.weight"] = layer.input_norm
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = layer.post_norm
-        tensors[f"{prefix}.self_attn.q_norm.weight"] = layer.q_norm
-        tensors[f"{prefix}.self_attn.k_norm.weight"] = layer.k_norm
-        for names, linear, sizes in (
-            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), layer.qkv, qkv_sizes),
-            (("mlp.gate_proj", "mlp.up_proj"), layer.gate_up, [config.intermediate_size] * 2),
-            (("self_attn.o_proj",), layer.out, [config.hidden_size]),
-            (("mlp.down_proj",), layer.down, [config.hidden_size]),
-        ):
-            for kind, fused in (("weight", plain(linear.weight)), ("bias", linear.bias)):
-                if fused is not None:
-                    parts = zip(names, fused.split(sizes), strict=True)
-                    tensors |= {f"{prefix}.{name}.{kind}": part for name, part in parts}
-    tensors["model.norm.weight"] = params.norm
-    tensors["lm_head.weight"] = plain(params.lm_head.weight) if params.lm_head else None
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return dict(named_tensors(params))

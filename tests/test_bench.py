@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
@@ -17,8 +18,10 @@ from engine import prompt
 import folo
 from folo.bench import kernels, report, workloads
 from folo.bench.ablation import QUICK, Bench, token_times
+from folo.bench.compare import Comparison, PeerError, Worker, figure
+from folo.bench.peers import OWN
 from folo.bench.recording import StepRecord, lanes, recorded
-from folo.bench.serving import workload
+from folo.bench.serving import WORKLOADS, workload
 from folo.bench.timeline import plot, trace
 from folo.bench.workloads import Arrival, at_once, request
 from folo.cli import main
@@ -264,6 +267,57 @@ class TestServing:
         assert len({tuple(ids[:512]) for ids, _ in workload("prefix", 49152)}) == 1
         assert len({tuple(ids) for ids, _ in workload("prefix", 49152)}) == 32
         assert all(100 <= token < 300 for ids, _ in workload("mixed", 300) for token in ids)
+
+
+class TestCompare:
+    """The other engine is transformers, which is always there, and engines that are not."""
+
+    def test_runs_the_same_work_in_turn(self, tiny_dir: Path, tmp_path: Path, capsys: Captured) -> None:
+        files = ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
+        argv = ["bench", "compare", "--peer", "transformers", "--model", str(tiny_dir), *files]
+        kept = tmp_path / "kept"
+        kept.mkdir()
+        argv += ["--pairs", "2", "--checkpoint", str(kept)]
+        assert main([*argv, "--workloads", "latency"]) == 0
+        title, heading, _, row, *_ = capsys.readouterr().out.splitlines()
+        assert title.startswith("folo 0.1.0 beside transformers 5.")
+        assert heading.split()[2:4] == ["folo", "transformers"]
+        assert row.startswith("latency   decode tokens/s")
+        (result,) = json.loads((tmp_path / "c.json").read_text())["results"]["workloads"]
+        assert (result["workload"], result["unit"]) == ("latency", "decode tokens/s")
+        assert len(result["folo"]) == len(result["peer"]) == 2
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in kept.iterdir()}
+        assert matplotlib.image.imread(tmp_path / "c.png").shape[1] > 900
+
+    def test_a_figure_is_better_when_folo_is(self) -> None:
+        faster, sooner = (Comparison(name, (30.0, 20.0), (10.0, 20.0)) for name in ("latency", "prefix"))
+        assert faster.ratios == [3.0, 1.0]
+        assert sooner.ratios == [1 / 3, 1.0]
+        seconds = {"first_token": 1.0, "last_token": 3.0, "total": 4.0}
+        prompts = [([1, 2, 3], 5), ([1], 3)]
+        figures = {name: figure(name, prompts, seconds) for name in WORKLOADS}
+        assert figures == {"latency": 2.0, "throughput": 2.0, "mixed": 2.0, "prefix": 4.0, "prefill": 1.0}
+
+    def test_a_peer_that_is_not_there_is_named_with_how_to_install_it(
+        self, tiny_dir: Path, capsys: Captured
+    ) -> None:
+        argv = ["bench", "compare", "--peer", "openvino", "--model", str(tiny_dir), "--pairs", "1"]
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert f"{sys.executable} has no openvino_genai: pip install torch" in error
+        assert "pip install openvino-genai optimum-intel nncf" in error
+
+    def test_a_workload_that_the_peer_has_not_is_refused(self, capsys: Captured) -> None:
+        argv = ["bench", "compare", "--peer", "llama.cpp", "--workloads", "prefix"]
+        assert main(argv) == 2
+        assert "llama.cpp does not run the workload prefix: leave it out" in capsys.readouterr().err
+
+    def test_the_last_words_of_a_peer_that_stops_are_passed_on(self, tmp_path: Path) -> None:
+        with (tmp_path / "log").open("w+b") as log, pytest.raises(PeerError) as caught:
+            Worker(OWN, sys.executable, tmp_path / "nowhere", 1, log)
+        lines = str(caught.value).splitlines()
+        assert lines[0] == "folo has stopped; its last lines:"
+        assert "LoadError: There is no such path" in lines[-1]
 
 
 class TestKernels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,3 +56,14 @@ def test_auto_is_the_faster_one_as_measured(tiny: folo.Params) -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(folo.ConfigError, match=r"mode='fast'.*inductor"):
         folo.compile(folo.step, mode="fast")
+
+
+def test_an_engine_is_compiled_as_its_configuration_says(tiny_dir: Path) -> None:
+    outputs = {}
+    for mode in ("eager", "inductor"):
+        llm = folo.LLM(str(tiny_dir), compile=mode, num_blocks=16, use_tqdm=False)
+        sampling = folo.SamplingParams(seed=3, max_tokens=8, ignore_eos=True)
+        outputs[mode] = llm.generate([prompt(9, 1)], sampling, use_tqdm=False)[0].outputs[0].token_ids
+    assert outputs["eager"] == outputs["inductor"]
+    with pytest.raises(folo.ConfigError, match=r"compile='fast'.*inductor"):
+        folo.LLM(str(tiny_dir), compile="fast")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from folo import ops
 from folo.ops import cpu, reference
+from folo.ops.packed import pack
 
 pytestmark = pytest.mark.usefixtures("each_instruction_set")
 
@@ -228,6 +229,10 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "rms_norm of heads": (ops.rms_norm, (random(5, 4, 20), weight, 1e-6)),
         "add_rms_norm": (ops.add_rms_norm, (x, x + 1, weight, 1e-6)),
         "silu_mul": (ops.silu_mul, (x,)),
+        "gated_linear": (
+            torch.ops.folo.packed_gated_linear.default,
+            (x, pack(random(64, 20)), 64, random(64)),
+        ),
         "rope_angles": (ops.rope_angles, (torch.arange(5), torch.ones(8))),
         "qk_norm_rope_write": (ops.qk_norm_rope_write, (random(5, 6 * 16), *write)),
         "paged_attention": (ops.paged_attention, (random(5, 4, 16), *paged)),

@@ -96,6 +96,22 @@ def test_packing_a_weight_changes_no_bit(n: int, k: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [8, 16, 24, 48, 80, 208])
+def test_a_gated_linear_is_a_linear_and_its_gate(inner: int, dtype: torch.dtype) -> None:
+    """One pass over packed weights, two ops over plain ones: not a bit apart, for any number of rows."""
+    k = 72
+    x, weight = random(257, k, dtype=dtype), random(2 * inner, k, dtype=dtype, seed=1)
+    packed = Packed(pack(weight), (2 * inner, k))
+    for bias in (None, random(2 * inner, dtype=dtype, seed=2)):
+        expected = ops.silu_mul(ops.linear(x, weight, bias))
+        assert same_bits(ops.gated_linear(x, weight, bias), expected)
+        for count in THREADS:
+            torch.set_num_threads(count)
+            for m in (*range(8), 31, 32, 33, 70, 95, 96, 97, 257):
+                assert same_bits(ops.gated_linear(x[:m], packed, bias), expected[:m]), (m, count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [130, 512])
 def test_linear_does_not_see_how_its_input_is_stored(k: int, dtype: torch.dtype) -> None:
     x, weight = random(48, k, dtype=dtype), random(128, k, dtype=dtype, seed=1)

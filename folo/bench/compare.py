@@ -252,7 +252,8 @@ def _checkpoint(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def _add_tokenizer(model: str | None, path: Path) -> None:
-    """Converters look for one."""
+    """If there is one: converters look for it."""
     import folo
 
-    folo.load_tokenizer(model).save_pretrained(path)
+    with contextlib.suppress(folo.LoadError):
+        folo.load_tokenizer(model).save_pretrained(path)

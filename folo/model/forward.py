@@ -63,7 +63,7 @@ def decoder_layer(
     """x (normalised) and residual `[T, D]` -> those of the next layer, whose input norm is `next_norm`."""
     x = attend(layer, _linear(x, layer.qkv, op), angles)
     x, residual = op.add_rms_norm(_linear(x, layer.out, op), residual, layer.post_norm, eps)
-    x = _linear(op.silu_mul(_linear(x, layer.gate_up, op)), layer.down, op)
+    x = _linear(op.gated_linear(x, layer.gate_up.weight, layer.gate_up.bias), layer.down, op)
     return op.add_rms_norm(x, residual, next_norm, eps)
 
 

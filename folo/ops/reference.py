@@ -90,6 +90,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`silu_mul(linear(x, weight, bias))`, rounded between the two; weight `[2 I, K]`, gate first."""
+    return silu_mul(linear(x, weight, bias))
+
+
 def rope_angles(positions: Tensor, inv_freq: Tensor) -> Tensor:
     """cos and sin of position * inv_freq (Su et al. 2021).
 

@@ -32,7 +32,7 @@ class _LlamaCpp:
         self._threads = threads
         options = self._lib.llama_model_default_params()
         options.n_gpu_layers = 0
-        file = str(_converted(checkpoint)).encode()
+        file = str(converted(checkpoint)).encode()
         self._model = self._lib.llama_model_load_from_file(file, options)
         assert self._model, f"llama.cpp cannot load {file}"
         self._vocab_size = json.loads((Path(checkpoint) / "config.json").read_text())["vocab_size"]
@@ -87,7 +87,7 @@ class _LlamaCpp:
         batch.n_tokens += 1
 
 
-def _converted(checkpoint: str) -> Path:
+def converted(checkpoint: str) -> Path:
     """The checkpoint as GGUF without a vocabulary: made once, in its own folder."""
     folder = Path(checkpoint)
     out = folder / "model.gguf"

@@ -14,6 +14,8 @@ struct Linear {
   const void* bias;    // [n], or null
   void* out;           // [m, n]
   int64_t m, n, k;
+  bool gated;  // the first half of the columns is a gate's, and out [m, n / 2] is silu(gate) times the other;
+               // n is a multiple of 32
 };
 
 struct Norm {

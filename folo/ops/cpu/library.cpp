@@ -117,8 +117,7 @@ using Maybe = std::optional<Tensor>;
 
 const void* data(const Maybe& x) { return x ? x->const_data_ptr() : nullptr; }
 
-Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias) {
-  if (!known(x)) return reference<Tensor>("folo_reference::packed_linear", x, packed, n, bias);
+Tensor product(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias, bool gated) {
   same_dtype(x, {&packed});
   if (bias) same_dtype(x, {&*bias});
   const Tensor rows = x.contiguous();
@@ -127,10 +126,23 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t n, const May
                   packed.size(1) == (per == 2 ? (k + 31) / 32 * 16 : k),
               "a packed weight of ", packed.sizes(), " does not fit x ", x.sizes(), " and ", n, " outputs");
   const Maybe biases = bias ? Maybe(bias->contiguous()) : Maybe();
-  Tensor out = at::empty({rows.size(0), n}, rows.options());
+  Tensor out = at::empty({rows.size(0), gated ? n / 2 : n}, rows.options());
   kernels->linear({dtype_of(x), rows.const_data_ptr(), packed.const_data_ptr(), data(biases), out.data_ptr(),
-                   rows.size(0), n, k});
+                   rows.size(0), n, k, gated});
   return out;
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias) {
+  if (!known(x)) return reference<Tensor>("folo_reference::packed_linear", x, packed, n, bias);
+  return product(x, packed, n, bias, false);
+}
+
+Tensor silu_mul(const Tensor& gate_up);
+
+Tensor packed_gated_linear(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias) {
+  if (!known(x)) return reference<Tensor>("folo_reference::packed_gated_linear", x, packed, n, bias);
+  if (n % 32) return silu_mul(product(x, packed, n, bias, false));  // gate and up share a tile
+  return product(x, packed, n, bias, true);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
@@ -297,6 +309,7 @@ TORCH_LIBRARY(folo_cpu, m) {
 
 TORCH_LIBRARY_IMPL(folo, CPU, m) {
   m.impl("packed_linear", &packed_linear);
+  m.impl("packed_gated_linear", &packed_gated_linear);
   m.impl("linear", &linear);
   m.impl("rms_norm", &rms_norm);
   m.impl("add_rms_norm", &add_rms_norm);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "rows.h"
 #include "simd.h"
 #ifdef FOLO_AMX
 #include "amx.h"
@@ -94,10 +95,25 @@ struct Ahead {
   }
 };
 
+// Where sums go: those of row `row` and of the columns of tile `tile` to the beginning.
+template <typename T>
+struct Out {
+  T* at;
+  int64_t stride, row, tile;
+  T* of(int64_t r, int64_t t) const { return at + (r - row) * stride + (t - tile) * kTile; }
+};
+
+template <typename T>
+void write_tile(const Linear& a, const Out<T>& out, int64_t row, int64_t tile, const Float* sums) {
+  const int64_t column = tile * kTile;
+  const T* bias = a.bias ? static_cast<const T*>(a.bias) + column : nullptr;
+  write(out.of(row, tile), sums, bias, int(std::min<int64_t>(kTile, a.n - column)));
+}
+
 // R rows times C tiles.
 template <typename P, int R, int C>
-void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, int64_t tile, Ahead& ahead) {
-  using T = typename P::T;
+void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, int64_t tile,
+           const Out<typename P::T>& out, Ahead& ahead) {
   constexpr int V = C * kVectors;
   const auto* w = static_cast<const typename P::W*>(a.weight) + tile * depth * kTile;
   Float sums[R][V];
@@ -115,91 +131,108 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
       for (int v = 0; v < V; ++v) sums[r][v] = P::step(sums[r][v], columns[v], x);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) {
-      int64_t column = (tile + c) * kTile;
-      const T* bias = a.bias ? static_cast<const T*>(a.bias) + column : nullptr;
-      T* out = static_cast<T*>(a.out) + (row + r) * a.n + column;
-      write(out, sums[r] + c * kVectors, bias, int(std::min<int64_t>(kTile, a.n - column)));
-    }
-  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) write_tile(a, out, row + r, tile + c, sums[r] + c * kVectors);
 }
 
-template <typename P, int C>
-void rows(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
-          Ahead ahead = {}) {
-  for (; first + kRows <= end; first += kRows) block<P, kRows, C>(a, x, depth, first, tile, ahead);
-  switch (end - first) {
-    case 5: return block<P, 5, C>(a, x, depth, first, tile, ahead);
-    case 4: return block<P, 4, C>(a, x, depth, first, tile, ahead);
-    case 3: return block<P, 3, C>(a, x, depth, first, tile, ahead);
-    case 2: return block<P, 2, C>(a, x, depth, first, tile, ahead);
-    case 1: return block<P, 1, C>(a, x, depth, first, tile, ahead);
-  }
-}
-
-// Chunks of rows times panels of kWide tiles, dealt to threads in order: neighbours share a panel.
+// A thread's products of rows of x with panels of kTiles tiles.
 template <typename P>
-void product(const Linear& a, const typename P::X* x, int64_t depth) {
-  int64_t tiles = (a.n + kTile - 1) / kTile, panels = (tiles + kWide - 1) / kWide;
-  int64_t fit = kChunkBytes / int64_t(depth * sizeof(*x)) / kRows * kRows;
-  int64_t height = std::clamp<int64_t>(fit, kRows, 96), chunks = (a.m + height - 1) / height;
-#pragma omp parallel for schedule(static)
-  for (int64_t task = 0; task < panels * chunks; ++task) {
-    int64_t first = task % chunks * height, end = std::min(a.m, first + height);
-    int64_t tile = task / chunks * kWide, last = std::min(tiles, tile + kWide);
-    if (last - tile == kWide) {
-      Ahead ahead;
-      if (chunks == 1 && a.m > kRows && last < tiles) {
-        ahead.at = reinterpret_cast<const char*>(static_cast<const typename P::W*>(a.weight) + last * depth * kTile);
-        ahead.end = ahead.at + (std::min(tiles, last + kWide) - last) * depth * kTile * int64_t(sizeof(typename P::W));
-      }
-      rows<P, kWide>(a, x, depth, first, end, tile, ahead);
-    } else {
-      for (; tile < last; ++tile) rows<P, 1>(a, x, depth, first, end, tile);
+struct Multiplier {
+  static constexpr int kHigh = kRows, kTiles = kWide, kMost = 96;  // rows at once; tiles; rows of a chunk
+  using O = Out<typename P::T>;
+
+  void panel(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
+             int64_t last, const O& out, Ahead& ahead) {
+    if (last - tile == kTiles) return rows<kTiles>(a, x, depth, first, end, tile, out, ahead);
+    for (; tile < last; ++tile) rows<1>(a, x, depth, first, end, tile, out, ahead);
+  }
+
+ private:
+  template <int C>
+  void rows(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
+            const O& out, Ahead& ahead) {
+    for (; first + kRows <= end; first += kRows) block<P, kRows, C>(a, x, depth, first, tile, out, ahead);
+    switch (end - first) {
+      case 5: return block<P, 5, C>(a, x, depth, first, tile, out, ahead);
+      case 4: return block<P, 4, C>(a, x, depth, first, tile, out, ahead);
+      case 3: return block<P, 3, C>(a, x, depth, first, tile, out, ahead);
+      case 2: return block<P, 2, C>(a, x, depth, first, tile, out, ahead);
+      case 1: return block<P, 1, C>(a, x, depth, first, tile, out, ahead);
     }
   }
-}
+};
 
 #ifdef FOLO_AMX
+template <>
+struct Multiplier<Pairs> {
+  static constexpr int kHigh = 2 * amx::kTileRows, kTiles = 2, kMost = 4 * kHigh;
 
-// Up to 32 rows times up to 32 columns.
-void tile_block(amx::Registers& registers, const Linear& a, const uint32_t* x, int64_t depth, int64_t row, int count,
-                int64_t tile, int tiles) {
-  const auto* left = static_cast<const uint32_t*>(a.weight) + tile * depth * kTile;
-  alignas(64) float sums[2 * amx::kTileRows][2 * kTile];
-  amx::block_of(registers, count, x + row * depth, depth, left, tiles > 1 ? left + depth * kTile : nullptr, kTile,
-                depth, sums[0], 2 * kTile);
-  for (int r = 0; r < count; ++r) {
-    for (int c = 0; c < tiles; ++c) {
-      const int64_t column = (tile + c) * kTile;
-      const Float sum = load(&sums[r][c * kTile]);
-      const bf16* bias = a.bias ? static_cast<const bf16*>(a.bias) + column : nullptr;
-      bf16* out = static_cast<bf16*>(a.out) + (row + r) * a.n + column;
-      write(out, &sum, bias, int(std::min<int64_t>(kTile, a.n - column)));
+  void panel(const Linear& a, const uint32_t* x, int64_t depth, int64_t first, int64_t end, int64_t tile, int64_t last,
+             const Out<bf16>& out, Ahead&) {
+    const auto* left = static_cast<const uint32_t*>(a.weight) + tile * depth * kTile;
+    const auto* right = last - tile > 1 ? left + depth * kTile : nullptr;
+    alignas(64) float sums[kHigh][2 * kTile];
+    for (int64_t row = first; row < end; row += kHigh) {
+      const int count = int(std::min<int64_t>(kHigh, end - row));
+      amx::block_of(registers_, count, x + row * depth, depth, left, right, kTile, depth, sums[0], 2 * kTile);
+      for (int r = 0; r < count; ++r) {
+        for (int64_t c = 0; c < last - tile; ++c) {
+          const Float sum = load(&sums[r][c * kTile]);
+          write_tile(a, out, row + r, tile + c, &sum);
+        }
+      }
     }
   }
-}
 
-template <>
-void product<Pairs>(const Linear& a, const uint32_t* x, int64_t depth) {
-  constexpr int64_t kHigh = 2 * amx::kTileRows;
-  const int64_t tiles = (a.n + kTile - 1) / kTile, panels = (tiles + 1) / 2;
-  const int64_t fit = kChunkBytes / (depth * 4) / kHigh * kHigh;
-  const int64_t height = std::clamp<int64_t>(fit, kHigh, 4 * kHigh), chunks = (a.m + height - 1) / height;
+ private:
+  amx::Registers registers_;
+};
+#endif
+
+// Chunks of rows times panels of tiles, dealt to threads in order: neighbours share a panel. Where the
+// weight is a gate's and an up projection's, a panel of each goes to memory at hand, and what they come to to
+// the output.
+template <typename P>
+void product(const Linear& a, const typename P::X* x, int64_t depth) {
+  using T = typename P::T;
+  using M = Multiplier<P>;
+  constexpr int64_t kWidth = M::kTiles * kTile;
+  const int64_t all_tiles = (a.n + kTile - 1) / kTile, tiles = a.gated ? all_tiles / 2 : all_tiles;
+  const int64_t panels = (tiles + M::kTiles - 1) / M::kTiles;
+  const int64_t fit = kChunkBytes / int64_t(depth * sizeof(*x)) / M::kHigh * M::kHigh;
+  const int64_t height = std::clamp<int64_t>(fit, M::kHigh, M::kMost), chunks = (a.m + height - 1) / height;
+  const int64_t tile_bytes = depth * kTile * int64_t(sizeof(typename P::W));
 #pragma omp parallel
   {
-    amx::Registers registers;
+    M multiplier;
+    alignas(64) T both[M::kMost * 2 * kWidth];
+    // Weights from `tile` on, `next` being those that come after.
+    auto panel = [&](int64_t first, int64_t end, int64_t tile, int64_t last, int64_t next, const Out<T>& out) {
+      Ahead ahead;
+      if (chunks == 1 && a.m > kRows && next < all_tiles) {
+        ahead.at = static_cast<const char*>(a.weight) + next * tile_bytes;
+        ahead.end = ahead.at + std::min<int64_t>(all_tiles - next, M::kTiles) * tile_bytes;
+      }
+      multiplier.panel(a, x, depth, first, end, tile, last, out, ahead);
+    };
 #pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < panels * chunks; ++task) {
-      const int64_t first = task % chunks * height, end = std::min(a.m, first + height), tile = task / chunks * 2;
-      for (int64_t row = first; row < end; row += kHigh)
-        tile_block(registers, a, x, depth, row, int(std::min(kHigh, end - row)), tile, tile + 1 < tiles ? 2 : 1);
+      const int64_t first = task % chunks * height, end = std::min(a.m, first + height);
+      const int64_t tile = task / chunks * M::kTiles, last = std::min<int64_t>(tiles, tile + M::kTiles);
+      if (!a.gated) {
+        panel(first, end, tile, last, last, {static_cast<T*>(a.out), a.n, 0, 0});
+        continue;
+      }
+      panel(first, end, tile, last, tiles + tile, {both, 2 * kWidth, first, tile});
+      panel(first, end, tiles + tile, tiles + last, last, {both + kWidth, 2 * kWidth, first, tiles + tile});
+      for (int64_t row = first; row < end; ++row) {
+        const T* gate = both + (row - first) * 2 * kWidth;
+        silu_mul_row(gate, gate + kWidth, static_cast<T*>(a.out) + row * tiles * kTile + tile * kTile,
+                     (last - tile) * kTile);
+      }
     }
   }
 }
-
-#endif
 
 // The rows of x as the steps read them, zero beyond k.
 template <typename P>

@@ -30,18 +30,12 @@ void norm_of(const Norm& a) {
   }
 }
 
-inline Float silu(Float x) { return x / (all(1.0f) + exp(zero() - x)); }
-
 template <typename T>
 void silu_mul_of(const SiluMul& a) {
-  const int64_t whole = a.n / kLanes * kLanes;
-  const int rest = int(a.n - whole);
 #pragma omp parallel for schedule(static) if (many(a.m, a.n))
   for (int64_t row = 0; row < a.m; ++row) {
-    const T *gate = static_cast<const T*>(a.gate_up) + row * 2 * a.n, *up = gate + a.n;
-    T* out = static_cast<T*>(a.out) + row * a.n;
-    for (int64_t i = 0; i < whole; i += kLanes) store(out + i, silu(load(gate + i)) * load(up + i));
-    if (rest) store(out + whole, silu(load(gate + whole, rest)) * load(up + whole, rest), rest);
+    const T* gate = static_cast<const T*>(a.gate_up) + row * 2 * a.n;
+    silu_mul_row(gate, gate + a.n, static_cast<T*>(a.out) + row * a.n, a.n);
   }
 }
 

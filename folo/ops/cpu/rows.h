@@ -34,4 +34,14 @@ inline float rms_scale(const T* x, int64_t d, float eps) {
   return 1 / std::sqrt(sum(squares) / float(d) + eps);
 }
 
+inline Float silu(Float x) { return x / (all(1.0f) + exp(zero() - x)); }
+
+// n elements of silu(gate) * up
+template <typename T>
+inline void silu_mul_row(const T* gate, const T* up, T* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, silu(load(gate + i)) * load(up + i));
+  if (const int rest = int(n - i)) store(out + i, silu(load(gate + i, rest)) * load(up + i, rest), rest);
+}
+
 }  // namespace folo::FOLO_ISA
