@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,35 @@ def test_forward_gives_the_bits_of_the_engine(name: str, dtype: torch.dtype, tmp
         logprobs = ops.log_softmax(folo.model.forward(params, sequence[:-1]))
         expected = logprobs.gather(-1, sequence[1:, None])[:, 0]
         assert torch.equal(engine, expected), budget
+
+
+@pytest.mark.parametrize(
+    "name", ["llama biases", "llama wide heads", "llama one layer", "llama three to one", "qwen3", "qwen2"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_in_one_call_is_its_ops_one_by_one(
+    name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed weights go through `ops.decoder_layer`: in C++, and, for other devices, in Python."""
+    _, params = build(tmp_path, name, dtype)
+    assert params.packed
+    called: list[str] = []
+    whole = ops.decoder_layer
+
+    def count(*args: Any) -> tuple[Tensor, Tensor]:
+        called.append("C++")
+        return whole(*args)
+
+    monkeypatch.setattr(ops, "decoder_layer", count)
+    logits = folo.model.forward(params, tokens(75))
+    assert len(called) == params.config.num_layers
+    monkeypatch.setattr(ops, "decoder_layer", torch.ops.folo_reference.decoder_layer.default)
+    assert torch.equal(folo.model.forward(params, tokens(75)), logits)
+    module = importlib.import_module("folo.model.forward")  # `folo.model.forward` is the function
+    monkeypatch.setattr(module, "_all_packed", lambda weights: False)
+    assert torch.equal(folo.model.forward(params, tokens(75)), logits)
+    plain = folo.load(tmp_path, dtype=dtype, pack=False, use_tqdm=False)
+    assert torch.equal(folo.model.forward(plain, tokens(75)), logits)
 
 
 def test_forward_leaves_its_arguments_alone(tiny: folo.Params) -> None:

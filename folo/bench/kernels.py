@@ -20,6 +20,7 @@ _BYTES = 192 << 20  # that copies of an op's data come to: more than a cache hol
 _MOST = 400  # copies
 _REPEATS = 5
 _BLOCK_SIZE = 16
+_SMALL = 4 << 20  # bytes that are read in a tenth of a millisecond
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,19 @@ class Result:
     num_bytes: float
     operations: float
     share: float
+
+    @property
+    def left(self) -> str:
+        """What stands between the op and the roofline, where it is more than a tenth."""
+        if self.share >= 0.9:
+            return "-"
+        if self.op == "attention":
+            return (
+                "softmax, keys into lanes" if "prefill" in self.shape else "keys into lanes, part of the wait"
+            )
+        if self.num_bytes < _SMALL:
+            return "waking threads, first lines"
+        return "weights that come late"
 
 
 # Calls to time, each on data of its own; the bytes of one, and its operations.
@@ -226,10 +240,15 @@ def _run(args: argparse.Namespace) -> None:
             f"{r.num_bytes / r.seconds / 1e9:.1f}",
             f"{r.operations / r.seconds / 1e9:,.0f}",
             f"{100 * r.share:.0f} %",
+            r.left,
         ]
         for r in results
     ]
-    print(report.table(["model", "op", "shape", "us", "GB/s", "GFLOP/s", "of the roofline"], rows))
+    print(
+        report.table(
+            ["model", "op", "shape", "us", "GB/s", "GFLOP/s", "of the roofline", "what is left"], rows
+        )
+    )
     print(f"\nroofline: {roof.read / 1e9:.1f} GB/s read, {roof.multiply / 1e9:,.0f} GFLOP/s in bfloat16")
     if args.json:
         content = {"roofline": asdict(roof), "ops": [asdict(result) for result in results]}

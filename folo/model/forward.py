@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -103,12 +103,25 @@ def layer_in_heap(
     is compiled: one graph serves all layers.
     """
     eps, scale = config.rms_norm_eps, config.head_dim**-0.5
+    where = slots, block_tables, query_start, seq_lens
+    weights = layer.qkv.weight, layer.out.weight, layer.gate_up.weight, layer.down.weight
+    if _all_packed(weights):
+        qkv, out, gate_up, down = (weight.data for weight in weights)
+        return ops.decoder_layer(
+            *(x, residual, angles, qkv, layer.qkv.bias, layer.q_norm, layer.k_norm, out, layer.out.bias),
+            *(layer.post_norm, gate_up, layer.gate_up.bias, down, layer.down.bias, next_norm),
+            *(config.num_heads, config.intermediate_size, eps, scale, k, v, *where),
+        )
 
     def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
         q = ops.qk_norm_rope_write(qkv, angles, layer.q_norm, layer.k_norm, eps, k, v, slots)
         return ops.paged_attention(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1)
 
     return decoder_layer(attend, layer, next_norm, x, residual, angles, eps)
+
+
+def _all_packed(weights: tuple[Tensor | Packed, ...]) -> TypeGuard[tuple[Packed, ...]]:
+    return all(isinstance(weight, Packed) for weight in weights)
 
 
 def hidden_in_heap(

@@ -11,6 +11,7 @@ Shapes, dtypes and sources stand at each function of `folo.ops.reference` and `f
 from folo.ops.library import (
     add_rms_norm,
     copy_blocks,
+    decoder_layer,
     draw,
     gated_linear,
     linear,
@@ -31,6 +32,7 @@ from folo.ops.library import (
 __all__ = [
     "add_rms_norm",
     "copy_blocks",
+    "decoder_layer",
     "draw",
     "gated_linear",
     "linear",

@@ -224,6 +224,23 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   return out;
 }
 
+std::tuple<Tensor, Tensor> decoder_layer(
+    const Tensor& x, const Tensor& residual, const Tensor& angles, const Tensor& qkv, const Maybe& qkv_bias,
+    const Maybe& q_norm, const Maybe& k_norm, const Tensor& out, const Maybe& out_bias, const Tensor& post_norm,
+    const Tensor& gate_up, const Maybe& gate_up_bias, const Tensor& down, const Maybe& down_bias,
+    const Tensor& next_norm, int64_t num_heads, int64_t inner, double eps, double scale, Tensor k_cache,
+    Tensor v_cache, const Tensor& slots, const Tensor& block_tables, const Tensor& query_start,
+    const Tensor& seq_lens) {
+  const int64_t hidden = x.size(1), width = (num_heads + 2 * k_cache.size(2)) * angles.size(1);
+  const Tensor q = qk_norm_rope_write(packed_linear(x, qkv, width, qkv_bias), angles, q_norm, k_norm, eps, k_cache,
+                                      v_cache, slots);
+  const Tensor attended = paged_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale).flatten(1);
+  const auto [normed, total] =
+      add_rms_norm(packed_linear(attended, out, hidden, out_bias), residual, post_norm, eps);
+  const Tensor gated = packed_gated_linear(normed, gate_up, 2 * inner, gate_up_bias);
+  return add_rms_norm(packed_linear(gated, down, hidden, down_bias), total, next_norm, eps);
+}
+
 bool floats(const Tensor& logits) { return kernels && logits.scalar_type() == at::kFloat; }
 
 template <typename T>
@@ -316,6 +333,7 @@ TORCH_LIBRARY_IMPL(folo, CPU, m) {
   m.impl("silu_mul", &silu_mul);
   m.impl("qk_norm_rope_write", &qk_norm_rope_write);
   m.impl("paged_attention", &paged_attention);
+  m.impl("decoder_layer", &decoder_layer);
   m.impl("philox", &philox);
   m.impl("penalize", &penalize);
   m.impl("warp", &warp);
