@@ -196,7 +196,7 @@ def _run(args: argparse.Namespace) -> None:
     with _checkpoint(args) as path, tempfile.TemporaryFile() as own_log, tempfile.TemporaryFile() as log:
         config = folo.load(path, use_tqdm=False).config
         threads = torch.get_num_threads()
-        tqdm.write(f"starting {args.peer}")
+        tqdm.write(f"starting {args.peer}", file=sys.stderr)
         other = Worker(peer, args.peer_python, path, threads, log)
         try:
             own = Worker(peers.OWN, sys.executable, path, threads, own_log)

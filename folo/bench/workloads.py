@@ -15,6 +15,7 @@ from torch import Tensor
 from folo import ops
 from folo.model.config import DecoderConfig, RopeConfig
 from folo.model.params import Layer, Linear, Params
+from folo.ops.memory import Arena
 from folo.ops.packed import Packed
 from folo.request import Request
 from folo.sampling import SamplingParams
@@ -173,12 +174,12 @@ QWEN3_600M = DecoderConfig(
 
 def random_model(config: DecoderConfig, seed: int = 0) -> Params:
     """A decoder without biases, of random weights, packed: for what they cost, not what they say."""
-    numbers = torch.Generator().manual_seed(seed)
+    numbers, arena = torch.Generator().manual_seed(seed), Arena()
     heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
 
     def weight(outputs: int, inputs: int) -> Tensor | Packed:
         plain = torch.empty(outputs, inputs, dtype=config.dtype).normal_(0, inputs**-0.5, generator=numbers)
-        return ops.packed(plain)
+        return ops.packed(plain, arena)
 
     def norm(length: int) -> Tensor:
         return torch.ones(length, dtype=config.dtype)

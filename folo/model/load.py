@@ -18,6 +18,7 @@ from folo.model.gguf import GGUFFile
 from folo.model.locate import locate
 from folo.model.params import Layer, Linear, Params
 from folo.model.safetensors import SafetensorsDirectory
+from folo.ops.memory import Arena
 from folo.ops.packed import Packed
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -166,13 +167,13 @@ def _assemble(
             return out
 
         # One buffer for all weights before they are packed: many that come and go leave holes in memory.
-        buffer = None
+        buffer, arena = None, Arena()
         if pack and ops.packable(config.dtype, device):
             largest = max(math.prod(shape) for shape in shapes.values())
             buffer = torch.empty(max(largest, _fused(config)), dtype=config.dtype)
 
         def laid_out(*names: str) -> Tensor | Packed:
-            return stack(*names) if buffer is None else ops.packed(stack(*names, memory=buffer))
+            return stack(*names) if buffer is None else ops.packed(stack(*names, memory=buffer), arena)
 
         def linear(*modules: str) -> Linear:
             weight = laid_out(*(f"{module}.weight" for module in modules))

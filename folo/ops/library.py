@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from folo.ops import cpu, reference, sampler
+from folo.ops.memory import Arena
 from folo.ops.packed import DTYPES, Packed, pack
 
 _LIBRARIES = torch.library.Library("folo_reference", "DEF"), torch.library.Library("folo", "DEF")
@@ -47,7 +48,7 @@ _packed_gated_linear = _op(
     lambda x, data, n, bias=None: reference.gated_linear(x, Packed(data, (n, x.shape[1])).plain(), bias),
     lambda x, packed, n, bias=None: x.new_empty((x.shape[0], n // 2)),
 )
-_pack = _op("pack(Tensor weight) -> Tensor", pack, pack)
+_op("pack(Tensor weight) -> Tensor", pack, pack)
 
 
 def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
@@ -69,11 +70,14 @@ def packable(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in DTYPES and cpu.instruction_set() != cpu.REFERENCE
 
 
-def packed(weight: Tensor) -> Tensor | Packed:
-    """A copy of a weight `[N, K]` in the kernels' layout; the weight itself if it is not `packable`."""
+def packed(weight: Tensor, arena: Arena | None = None) -> Tensor | Packed:
+    """A copy of a weight `[N, K]` in the kernels' layout; the weight itself if it is not `packable`.
+
+    arena: where the copy lies, for weights that stay.
+    """
     if not packable(weight.dtype, weight.device):
         return weight
-    return Packed(_pack(weight), (weight.shape[0], weight.shape[1]))
+    return Packed(pack(weight, arena), (weight.shape[0], weight.shape[1]))
 
 
 def _decoder_layer(

@@ -10,19 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from folo.ops.memory import Arena
+
 TILE = 16  # columns of the product that stand together
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A weight `[N, K]` in one of DTYPES as `Packed.data`."""
+def pack(weight: Tensor, arena: Arena | None = None) -> Tensor:
+    """A weight `[N, K]` in one of DTYPES as `Packed.data`, which lies in the arena if there is one."""
     paired = weight.dtype == torch.bfloat16
     tail, rest = -weight.shape[0] % TILE, -weight.shape[1] % 32 if paired else 0
     if tail or rest:  # F.pad copies in any case
         weight = F.pad(weight, (0, rest, 0, tail))
     rows = weight.unflatten(1, (-1, 2)) if paired else weight
     packed = rows.unflatten(0, (-1, TILE)).transpose(1, 2)
-    return packed.clone(memory_format=torch.contiguous_format)
+    if arena is None:
+        return packed.clone(memory_format=torch.contiguous_format)
+    return arena.take(tuple(packed.shape), packed.dtype).copy_(packed)
 
 
 @dataclass(frozen=True, eq=False)

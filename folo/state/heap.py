@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import math
-import mmap
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from folo.errors import OutOfBlocksError
+from folo.ops.memory import mapped
 
 
 class Content(NamedTuple):
@@ -84,7 +83,4 @@ class KVHeap:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # Pages that no block was written to take no memory. (torch.zeros would touch them all; numpy's come in
-    # huge pages, of which each takes milliseconds to be had.)
-    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+    return mapped(shape, dtype)
