@@ -2,8 +2,8 @@
 
 A random model of four layers of Qwen3-0.6B's shape and 32k positions. The prompts are not computed: their
 blocks are filled with numbers, and the clock runs over decode steps alone. Beside each time stands what the
-roofline allows for the step: its bytes (weights, K and V) over the rate of reading memory, or its operations
-over the rate of torch's matrix product, whichever takes longer.
+roofline allows: for the linear layers and for attention, their bytes over the rate of reading memory or their
+operations over the rate of torch's matrix product, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def model() -> folo.Params:
 
 
 def bound(params: folo.Params, batch: int, context: int, roof: Roofline) -> float:
-    """Seconds that a decode step takes at least."""
+    """Seconds that the linear layers and attention take at least, one after the other."""
     config = params.config
     kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * params.dtype.itemsize
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * context
-    operations = batch * (2 * params.num_parameters + attention)
-    return roof.seconds(params.num_bytes + batch * context * kv, operations)
+    linear = roof.seconds(params.num_bytes, 2 * batch * params.num_parameters)
+    return linear + roof.seconds(batch * context * kv, batch * attention)
 
 
 def measure(params: folo.Params, batch: int, context: int, roof: Roofline, steps: int = _STEPS) -> Point:
@@ -99,6 +99,7 @@ def measure_all(params: folo.Params, roof: Roofline, each: Callable[[], object])
 
 def plot(points: list[Point], path: str) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -113,6 +114,7 @@ def plot(points: list[Point], path: str) -> None:
     for axes, name in ((left, "batch"), (right, "context")):
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="ms a decode step")
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=150)

@@ -207,7 +207,7 @@ def plot(results: list[Result], roof: Roofline, path: str) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    intensity = [2.0**e for e in range(-2, 12)]
+    intensity = sorted([2.0**-2, roof.multiply / roof.read, 2.0**11])
     bound = [min(roof.multiply, roof.read * i) / 1e9 for i in intensity]
     axes.plot(intensity, bound, color="black", label="roofline")
     colours = {"linear": report.BLUE, "attention": report.ORANGE}
