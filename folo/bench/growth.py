@@ -99,7 +99,7 @@ def measure_all(params: folo.Params, roof: Roofline, each: Callable[[], object])
 
 def plot(points: list[Point], path: str) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -114,7 +114,7 @@ def plot(points: list[Point], path: str) -> None:
     for axes, name in ((left, "batch"), (right, "context")):
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="ms a decode step")
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=150)

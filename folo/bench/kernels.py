@@ -131,7 +131,7 @@ def _linear(n: int, k: int, rows: int) -> Work:
     size = 2 * n * k
     x = torch.ones(rows, k, dtype=torch.bfloat16)
     count = min(_MOST, max(2, _BYTES // size))
-    arena = Arena()
+    arena = Arena(_BYTES)
     weights = [ops.packed(torch.ones(n, k, dtype=torch.bfloat16), arena) for _ in range(count)]
     return [partial(ops.linear, x, w) for w in weights], size + 2 * rows * (k + n), 2 * rows * n * k
 

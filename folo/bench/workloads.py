@@ -14,6 +14,7 @@ from torch import Tensor
 
 from folo import ops
 from folo.model.config import DecoderConfig, RopeConfig
+from folo.model.load import num_bytes
 from folo.model.params import Layer, Linear, Params
 from folo.ops.memory import Arena
 from folo.ops.packed import Packed
@@ -174,7 +175,7 @@ QWEN3_600M = DecoderConfig(
 
 def random_model(config: DecoderConfig, seed: int = 0) -> Params:
     """A decoder without biases, of random weights, packed: for what they cost, not what they say."""
-    numbers, arena = torch.Generator().manual_seed(seed), Arena()
+    numbers, arena = torch.Generator().manual_seed(seed), Arena(num_bytes(config))
     heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
 
     def weight(outputs: int, inputs: int) -> Tensor | Packed:

@@ -91,6 +91,11 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def num_bytes(config: DecoderConfig) -> int:
+    """Of all weights."""
+    return config.dtype.itemsize * sum(math.prod(shape) for shape in tensor_shapes(config).values())
+
+
 def _fused(config: DecoderConfig) -> int:
     """Elements of the larger of a layer's fused weights."""
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -167,10 +172,11 @@ def _assemble(
             return out
 
         # One buffer for all weights before they are packed: many that come and go leave holes in memory.
-        buffer, arena = None, Arena()
+        buffer, arena = None, None
         if pack and ops.packable(config.dtype, device):
             largest = max(math.prod(shape) for shape in shapes.values())
             buffer = torch.empty(max(largest, _fused(config)), dtype=config.dtype)
+            arena = Arena(num_bytes(config))
 
         def laid_out(*names: str) -> Tensor | Packed:
             return stack(*names) if buffer is None else ops.packed(stack(*names, memory=buffer), arena)

@@ -23,11 +23,14 @@ def mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 class Arena:
     """Places for tensors that stay, one beside the other in huge pages, if the system has any.
 
-    What is read from end to end is read up to a seventh faster from them: a CPU looks ahead within a page.
+    What is read from end to end is read a few percent faster from them: a CPU looks ahead within a page.
+
+    Args:
+        size: bytes that are going to be taken, as well as they are known. More are found when needed.
     """
 
-    def __init__(self) -> None:
-        self._region = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, size: int) -> None:
+        self._region = _huge(size)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of zeros, aligned to a cache line."""
