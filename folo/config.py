@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from folo.errors import ConfigError
 
+CompileMode = Literal["auto", "eager", "inductor"]
+COMPILE_MODES: tuple[str, ...] = get_args(CompileMode)
+
 
 def _require(ok: bool, name: str, value: Any, expected: str) -> None:
     if not ok:
         raise ConfigError(f"{name}={value!r}: expected {expected}")
-
-
-COMPILE_MODES = ("auto", "eager", "inductor")
 
 
 def _is_count(value: Any, least: int) -> bool:
@@ -52,7 +52,7 @@ class ModelConfig:
     device: str | torch.device = "auto"
     skip_tokenizer_init: bool = False
     seed: int = 0
-    compile: str = "auto"
+    compile: CompileMode = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folo.config import COMPILE_MODES
+from folo.config import COMPILE_MODES, CompileMode
 from folo.errors import ConfigError, ParamsMismatchError, RequestError, StaleBatchError
 from folo.inputs import NO_LOGPROBS, Inputs, Rows, output_logprobs
 from folo.model import device
@@ -56,7 +56,7 @@ def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState,
 Step = Callable[[Params, EngineState, Batch], tuple[EngineState, Tokens]]
 
 
-def compile(step: Step = step, mode: str = "auto") -> Step:
+def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
     """`folo.step` with its device function compiled: the same function, bit for bit.
 
     mode: "inductor" compiles one decoder layer with torch.compile, without a graph break, and calls

@@ -19,7 +19,7 @@ from folo.ops import cpu
 @pytest.mark.skipif(
     "avx512_bf16" not in cpu.instruction_sets(), reason="the emulation needs AVX-512 and bf16"
 )
-def test_the_linear_ops_tests_pass_on_emulated_tiles() -> None:
+def test_linear_and_attention_pass_their_tests_on_emulated_tiles() -> None:
     tests = Path(__file__).parent
     files = [str(tests / name) for name in ("test_ops_contract.py", "test_ops_accuracy.py")]
     done = subprocess.run(
@@ -31,7 +31,7 @@ def test_the_linear_ops_tests_pass_on_emulated_tiles() -> None:
             "-p",
             "no:cacheprovider",
             "-k",
-            "linear and amx and dtype1",
+            "(linear or attention) and amx and dtype1",
             *files,
         ],
         env={**os.environ, "FOLO_EMULATE_AMX": "1", "FOLO_CPU_ISA": "amx"},

@@ -288,6 +288,9 @@ class TestCompare:
         assert len(result["folo"]) == len(result["peer"]) == 2
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in kept.iterdir()}
         assert matplotlib.image.imread(tmp_path / "c.png").shape[1] > 900
+        # The directory holds a checkpoint now: another model in its name would not be what runs.
+        assert main([*argv, "--workloads", "latency"]) == 2
+        assert f"--checkpoint: {kept} holds a checkpoint already" in capsys.readouterr().err
 
     def test_a_figure_is_better_when_folo_is(self) -> None:
         faster, sooner = (Comparison(name, (30.0, 20.0), (10.0, 20.0)) for name in ("latency", "prefix"))

@@ -137,21 +137,22 @@ def test_forward_gives_the_bits_of_the_engine(name: str, dtype: torch.dtype, tmp
 def test_a_layer_in_one_call_is_its_ops_one_by_one(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packed weights go through `ops.decoder_layer`: in C++, and, for other devices, in Python."""
+    """Packed weights go through `ops.decoder_layer`, in C++; plain ones op by op."""
     _, params = build(tmp_path, name, dtype)
     assert params.packed
-    called: list[str] = []
+    called: list[Any] = []
     whole = ops.decoder_layer
 
     def count(*args: Any) -> tuple[Tensor, Tensor]:
-        called.append("C++")
+        called.append(args)
         return whole(*args)
 
     monkeypatch.setattr(ops, "decoder_layer", count)
     logits = folo.model.forward(params, tokens(75))
     assert len(called) == params.config.num_layers
-    monkeypatch.setattr(ops, "decoder_layer", torch.ops.folo_reference.decoder_layer.default)
-    assert torch.equal(folo.model.forward(params, tokens(75)), logits)
+    torch.library.opcheck(
+        torch.ops.folo.decoder_layer.default, called[0], test_utils=("test_schema", "test_faketensor")
+    )
     module = importlib.import_module("folo.model.forward")  # `folo.model.forward` is the function
     monkeypatch.setattr(module, "_all_packed", lambda weights: False)
     assert torch.equal(folo.model.forward(params, tokens(75)), logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 
 import pytest
 import torch
@@ -90,3 +91,16 @@ def test_stepping_one_state_twice_writes_each_slot_once(tiny: folo.Params) -> No
     assert torch.equal(state.heap.k[:, tail.index], before)
     assert torch.equal(state.heap.k[:, copy.index, :4], before[:, :4])
     assert first.pool.used == second.pool.used == 2
+
+
+def _fill(memory: torch.Tensor) -> None:
+    memory.fill_(1)
+
+
+def test_a_forked_process_has_a_heap_of_its_own() -> None:
+    heap = KVHeap((1, 2, 8, 1, 4), torch.float32, torch.device("cpu"))
+    child = multiprocessing.get_context("fork").Process(target=_fill, args=(heap.k,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert not heap.k.any()

@@ -211,6 +211,20 @@ def test_another_instruction_set_is_refused_unless_recomputed(
     assert goes_on.returncode == 0, goes_on.stderr
 
 
+@pytest.mark.skipif(cpu.instruction_set() == cpu.REFERENCE, reason="plain torch has no build")
+def test_other_kernels_are_refused_unless_recomputed(
+    tiny: folo.Params, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newer folo may round otherwise with the same instructions."""
+    state, path = everything(tiny, tokenizer), tmp_path / "state"
+    folo.save(state, path)
+    monkeypatch.setattr(cpu, "build_key", lambda: "another")
+    with pytest.raises(folo.RestoreError, match=r"kernels.*'another'.*recompute=True"):
+        restored(tiny, path, tokenizer)
+    again = restored(tiny, path, tokenizer, recompute=True)
+    assert folo.outputs(finish_all(tiny, again)).keys() == folo.outputs(state).keys()
+
+
 def test_other_weights_are_refused(tiny: folo.Params, tokenizer: Any, tmp_path: Path) -> None:
     folo.save(everything(tiny, tokenizer), tmp_path / "state")
     other: Any = pytree.tree_map(torch.clone, tiny)

@@ -19,14 +19,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from folo.bench import peers, report
 from folo.bench.serving import WORKLOADS, Prompts, workload
-from folo.errors import FoloError
-
-if TYPE_CHECKING:
-    from folo.model.params import Params
+from folo.errors import ConfigError, FoloError
 
 _PAIRS = 5
 _UNITS = {
@@ -177,7 +174,8 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="keep the checkpoint that both run from, with the peer's own form of it, and use it again",
+        help="keep the checkpoint that both run from, with the peer's own form of it; or run from the one "
+        "that is there",
     )
     report.add_output_options(parser, plot=True)
     parser.set_defaults(run=_run)
@@ -187,14 +185,15 @@ def _run(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    import folo
+    from folo.model.load import open_checkpoint
 
     peer = peers.PEERS[args.peer]
     names = [name for name in args.workloads or peer.workloads if name in peer.workloads]
     if missing := set(args.workloads or ()) - set(names):
         raise PeerError(f"{args.peer} does not run the workload {min(missing)}: leave it out")
     with _checkpoint(args) as path, tempfile.TemporaryFile() as own_log, tempfile.TemporaryFile() as log:
-        config = folo.load(path, use_tqdm=False).config
+        checkpoint = open_checkpoint(path)
+        config = checkpoint.config(checkpoint.stored_dtype)
         threads = torch.get_num_threads()
         tqdm.write(f"starting {args.peer}", file=sys.stderr)
         other = Worker(peer, args.peer_python, path, threads, log)
@@ -213,7 +212,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         results = {
             "peer": other.version,
-            "model": args.shape or args.model or "default",
+            "model": str(args.shape or args.model or args.checkpoint or "default"),
             "workloads": [{**asdict(own), "unit": _UNITS[own.workload]} for own in comparisons],
         }
         report.write_json(args.json, "compare", results)
@@ -244,10 +243,14 @@ def _checkpoint(args: argparse.Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(args.checkpoint or temporary)
         if not (path / "config.json").exists():
-            params: Params = report.model_of(args)
-            export(params, path)
+            export(report.model_of(args), path)
             if not args.shape:
                 _add_tokenizer(args.model, path)
+        elif args.model or args.shape:
+            raise ConfigError(
+                f"--checkpoint: {path} holds a checkpoint already; leave out --model and --shape to run from "
+                f"it, or name another directory"
+            )
         yield path
 
 

@@ -146,7 +146,7 @@ def _run(args: argparse.Namespace) -> None:
         for p in points
     ]
     print(report.table(["batch", "context", "ms a step", "roofline, ms", "of the roofline"], rows))
-    print(f"\nroofline: {roof.read / 1e9:.1f} GB/s read, {roof.multiply / 1e9:,.0f} GFLOP/s in bfloat16")
+    print(f"\nroofline: {roof}")
     if args.json:
         content = {"roofline": asdict(roof), "points": [asdict(point) for point in points]}
         report.write_json(args.json, "growth", content, params)

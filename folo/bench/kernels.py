@@ -67,6 +67,9 @@ class Roofline:
     read: float
     multiply: float
 
+    def __str__(self) -> str:
+        return f"{self.read / 1e9:.1f} GB/s read, {self.multiply / 1e9:,.0f} GFLOP/s in bfloat16"
+
     def seconds(self, num_bytes: float, operations: float) -> float:
         return max(num_bytes / self.read, operations / self.multiply)
 
@@ -251,7 +254,7 @@ def _run(args: argparse.Namespace) -> None:
             ["model", "op", "shape", "us", "GB/s", "GFLOP/s", "of the roofline", "what is left"], rows
         )
     )
-    print(f"\nroofline: {roof.read / 1e9:.1f} GB/s read, {roof.multiply / 1e9:,.0f} GFLOP/s in bfloat16")
+    print(f"\nroofline: {roof}")
     if args.json:
         content = {"roofline": asdict(roof), "ops": [asdict(result) for result in results]}
         report.write_json(args.json, "kernels", content)

@@ -12,12 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from folo import ops
 from folo.model.config import DecoderConfig, RopeConfig
-from folo.model.load import num_bytes
+from folo.model.load import assemble
 from folo.model.params import Layer, Linear, Params
-from folo.ops.memory import Arena
-from folo.ops.packed import Packed
 from folo.request import Request
 from folo.sampling import SamplingParams
 
@@ -173,34 +170,19 @@ QWEN3_600M = DecoderConfig(
 )
 
 
+class _RandomWeights:
+    """A checkpoint of normal weights and of norms that are 1."""
+
+    def __init__(self, seed: int) -> None:
+        self._numbers = torch.Generator().manual_seed(seed)
+
+    def read(self, name: str, out: Tensor) -> None:
+        if out.ndim == 1:
+            out.fill_(1)
+        else:
+            out.normal_(0, out.shape[1] ** -0.5, generator=self._numbers)
+
+
 def random_model(config: DecoderConfig, seed: int = 0) -> Params:
-    """A decoder without biases, of random weights, packed: for what they cost, not what they say."""
-    numbers, arena = torch.Generator().manual_seed(seed), Arena(num_bytes(config))
-    heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
-
-    def weight(outputs: int, inputs: int) -> Tensor | Packed:
-        plain = torch.empty(outputs, inputs, dtype=config.dtype).normal_(0, inputs**-0.5, generator=numbers)
-        return ops.packed(plain, arena)
-
-    def norm(length: int) -> Tensor:
-        return torch.ones(length, dtype=config.dtype)
-
-    def layer() -> Layer:
-        return Layer(
-            input_norm=norm(config.hidden_size),
-            qkv=Linear(weight((heads + 2 * kv_heads) * size, config.hidden_size)),
-            q_norm=norm(size) if config.qk_norm else None,
-            k_norm=norm(size) if config.qk_norm else None,
-            out=Linear(weight(config.hidden_size, heads * size)),
-            post_norm=norm(config.hidden_size),
-            gate_up=Linear(weight(2 * config.intermediate_size, config.hidden_size)),
-            down=Linear(weight(config.hidden_size, config.intermediate_size)),
-        )
-
-    return Params(
-        embed=weight(config.vocab_size, config.hidden_size),
-        layers=tuple(layer() for _ in range(config.num_layers)),
-        norm=norm(config.hidden_size),
-        lm_head=None,
-        config=config,
-    )
+    """A decoder of random weights on the CPU, packed: for what they cost, not what they say."""
+    return assemble(_RandomWeights(seed), config, torch.device("cpu"), pack=True, use_tqdm=False)

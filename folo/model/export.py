@@ -39,6 +39,7 @@ def export(params: Params, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_file(dict(named_tensors(params)), path / "model.safetensors", metadata={"format": "pt"})
+    # config.json last: before it stands there, nothing takes the directory for a checkpoint.
     for name, content in (("generation_config.json", generation), ("config.json", config)):
         (path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

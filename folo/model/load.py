@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def load(
     checkpoint = open_checkpoint(locate(model))
     config = checkpoint.config(_resolve_dtype(dtype, checkpoint))
     _check_tensors(checkpoint, config)
-    return _assemble(checkpoint, config, _resolve_device(device), pack, use_tqdm)
+    return assemble(checkpoint, config, _resolve_device(device), pack, use_tqdm)
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -89,11 +90,6 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
-
-
-def num_bytes(config: DecoderConfig) -> int:
-    """Of all weights."""
-    return config.dtype.itemsize * sum(math.prod(shape) for shape in tensor_shapes(config).values())
 
 
 def _fused(config: DecoderConfig) -> int:
@@ -152,9 +148,18 @@ def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
         )
 
 
-def _assemble(
-    checkpoint: Checkpoint, config: DecoderConfig, device: torch.device, pack: bool, use_tqdm: bool
+class Weights(Protocol):
+    """What has a weight for every name in `tensor_shapes`."""
+
+    def read(self, name: str, out: Tensor) -> None:
+        """Fill `out`, of the stored shape; any dtype and device."""
+        ...
+
+
+def assemble(
+    weights: Weights, config: DecoderConfig, device: torch.device, pack: bool, use_tqdm: bool
 ) -> Params:
+    """Parameters of weights that are read one by one, each into its final place or a buffer on the way."""
     shapes = tensor_shapes(config)
     with tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=not use_tqdm) as progress:
 
@@ -167,7 +172,7 @@ def _assemble(
             else:
                 out = memory[: math.prod(shape)].view(shape)
             for name, part in zip(names, out.split(heights), strict=True):
-                checkpoint.read(name, part)
+                weights.read(name, part)
                 progress.update()
             return out
 
@@ -176,7 +181,7 @@ def _assemble(
         if pack and ops.packable(config.dtype, device):
             largest = max(math.prod(shape) for shape in shapes.values())
             buffer = torch.empty(max(largest, _fused(config)), dtype=config.dtype)
-            arena = Arena(num_bytes(config))
+            arena = Arena(config.dtype.itemsize * sum(math.prod(shape) for shape in shapes.values()))
 
         def laid_out(*names: str) -> Tensor | Packed:
             return stack(*names) if buffer is None else ops.packed(stack(*names, memory=buffer), arena)

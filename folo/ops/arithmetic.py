@@ -8,12 +8,14 @@ from folo.ops import cpu
 
 
 def arithmetic(device: torch.device) -> dict[str, str]:
-    """Backend, instruction set or GPU model, and torch version. Equal ones compute equal bits."""
-    return {
+    """Backend, instruction set or GPU model, the kernels' build, and torch version. Equal ones compute equal
+    bits."""
+    found = {
         "backend": _backend(device),
         "instruction_set": _instruction_set(device),
         "torch": torch.__version__,
     }
+    return {**found, "kernels": cpu.build_key()} if found["backend"] == "cpu" else found
 
 
 def _backend(device: torch.device) -> str:

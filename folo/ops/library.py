@@ -19,12 +19,15 @@ from folo.ops.packed import DTYPES, Packed, pack
 _LIBRARIES = torch.library.Library("folo_reference", "DEF"), torch.library.Library("folo", "DEF")
 
 
-def _op(schema: str, implementation: Callable[..., Any], shape: Callable[..., Any]) -> Callable[..., Any]:
+def _op(
+    schema: str, implementation: Callable[..., Any] | None, shape: Callable[..., Any]
+) -> Callable[..., Any]:
     """Define `folo::<schema>`; `shape` returns empty outputs, for tracing without data."""
     name = schema.partition("(")[0]
     for lib in _LIBRARIES:
         lib.define(schema)
-        lib.impl(name, implementation, "CompositeExplicitAutograd")
+        if implementation is not None:
+            lib.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{lib.ns}::{name}", shape, lib=lib)
     return getattr(torch.ops.folo, name).default
 
@@ -80,49 +83,6 @@ def packed(weight: Tensor, arena: Arena | None = None) -> Tensor | Packed:
     return Packed(pack(weight, arena), (weight.shape[0], weight.shape[1]))
 
 
-def _decoder_layer(
-    x: Tensor,
-    residual: Tensor,
-    angles: Tensor,
-    qkv: Tensor,
-    qkv_bias: Tensor | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    out: Tensor,
-    out_bias: Tensor | None,
-    post_norm: Tensor,
-    gate_up: Tensor,
-    gate_up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    next_norm: Tensor,
-    num_heads: int,
-    inner: int,
-    eps: float,
-    scale: float,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    block_tables: Tensor,
-    query_start: Tensor,
-    seq_lens: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """A decoder layer of packed weights: its ops one after the other, in one call.
-
-    Calling seven ops from Python takes longer than some of them do. num_heads and inner: query heads and
-    the width of the gate, which padding hides; the rest as `folo.model.forward.layer_in_heap` has it.
-    """
-    hidden, head_dim = x.shape[1], angles.shape[1]
-    width = (num_heads + 2 * k_cache.shape[2]) * head_dim
-    q = qk_norm_rope_write(
-        _packed_linear(x, qkv, width, qkv_bias), angles, q_norm, k_norm, eps, k_cache, v_cache, slots
-    )
-    attended = paged_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale).flatten(1)
-    x, residual = add_rms_norm(_packed_linear(attended, out, hidden, out_bias), residual, post_norm, eps)
-    x = _packed_linear(_packed_gated_linear(x, gate_up, 2 * inner, gate_up_bias), down, hidden, down_bias)
-    return add_rms_norm(x, residual, next_norm, eps)
-
-
 rms_norm = _op(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     reference.rms_norm,
@@ -163,7 +123,7 @@ decoder_layer = _op(
     "Tensor down, Tensor? down_bias, Tensor next_norm, int num_heads, int inner, float eps, float scale, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor block_tables, Tensor query_start, "
     "Tensor seq_lens) -> (Tensor, Tensor)",
-    _decoder_layer,
+    None,  # the kernels' own: only they have packed weights
     lambda x, residual, *_: (torch.empty_like(x), torch.empty_like(residual)),
 )
 copy_blocks = _op(

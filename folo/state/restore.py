@@ -106,9 +106,10 @@ def _compare(params: Params, metadata: Mapping[str, str], path: object, recomput
             f"{params.fingerprint[:12]}...): load those, in {metadata['dtype']}"
         )
     for name, value in arithmetic(params.device).items():
-        if metadata[name] != value and not recompute:
+        saved = metadata.get(name, "unknown")
+        if saved != value and not recompute:
             raise RestoreError(
-                f"{path} was saved under {name.replace('_', ' ')} {metadata[name]!r}, this is {value!r}: "
+                f"{path} was saved under {name.replace('_', ' ')} {saved!r}, this is {value!r}: "
                 f"its K and V may differ in the last bits; recompute=True goes on with the bits of this one"
             )
 

@@ -48,6 +48,11 @@ def instruction_set() -> str:
     return torch.ops.folo_cpu.in_use() if _loaded() else REFERENCE
 
 
+def build_key() -> str:
+    """What the kernels were made of: their sources, flags and compiler. Only where there are kernels."""
+    return torch.ops.folo_cpu.build_key()
+
+
 def use(name: str) -> None:
     """Let the ops run with one of `instruction_sets()`. It changes bits: states of before are of no use."""
     if name != instruction_set():

@@ -75,7 +75,7 @@ def library() -> Path:
         with _locked(directory / "lock"):
             if not path.exists():  # another process may have been faster
                 print("folo: compiling the CPU kernels (once)", file=sys.stderr)
-                _compile(compiler, path)
+                _compile(compiler, path, _key(compiler))
     return path
 
 
@@ -103,7 +103,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, target: Path, key: str) -> None:
     root, flags = Path(torch.__file__).parent, _flags()
     include = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
     # torch's own OpenMP: two of them would be two pools of threads.
@@ -118,7 +118,12 @@ def _compile(compiler: str, target: Path) -> None:
                 commands[out] = [*flags.split(), *_ISAS[isa].split(), "-c", f"{SOURCES / unit}.cpp"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         first = f"{directory}/library.o"
-        glue = [*flags.replace("c++17", "c++20").replace("-O3", "-O1").split(), abi, *include]
+        glue = [
+            *flags.replace("c++17", "c++20").replace("-O3", "-O1").split(),
+            abi,
+            *include,
+            f'-DFOLO_BUILD_KEY="{key}"',
+        ]
         commands = {first: [*glue, "-c", str(SOURCES / "library.cpp")], **commands}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda item: _run([compiler, *item[1], "-o", item[0]]), commands.items()))

@@ -201,8 +201,8 @@ Tensor qk_norm_rope_write(const Tensor& qkv, const Tensor& angles, const Maybe& 
   Tensor q = at::empty({t, heads, d}, rows.options());
   kernels->rope({dtype_of(rows), rows.const_data_ptr(), turns.const_data_ptr<float>(),
                  normed ? q_norm->const_data_ptr() : nullptr, normed ? k_norm->const_data_ptr() : nullptr,
-                 k_cache.data_ptr(), v_cache.data_ptr(), strides_of(k_cache, v_cache), k_cache.size(1), places.const_data_ptr<int64_t>(), q.data_ptr(), t, heads, kv, d,
-                 float(eps)});
+                 k_cache.data_ptr(), v_cache.data_ptr(), strides_of(k_cache, v_cache), k_cache.size(1),
+                 places.const_data_ptr<int64_t>(), q.data_ptr(), t, heads, kv, d, float(eps)});
   return q;
 }
 
@@ -224,6 +224,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   return out;
 }
 
+// A decoder layer of packed weights, its ops one after the other: to call them from Python takes longer than some
+// of them do. What folo/model/forward.py does op by op where weights are plain.
 std::tuple<Tensor, Tensor> decoder_layer(
     const Tensor& x, const Tensor& residual, const Tensor& angles, const Tensor& qkv, const Maybe& qkv_bias,
     const Maybe& q_norm, const Maybe& k_norm, const Tensor& out, const Maybe& out_bias, const Tensor& post_norm,
@@ -322,6 +324,7 @@ TORCH_LIBRARY(folo_cpu, m) {
   m.def("instruction_sets() -> str[]", &instruction_sets);
   m.def("use(str name) -> ()", &use);
   m.def("in_use() -> str", &in_use);
+  m.def("build_key() -> str", [] { return std::string(FOLO_BUILD_KEY); });
 }
 
 TORCH_LIBRARY_IMPL(folo, CPU, m) {

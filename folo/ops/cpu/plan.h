@@ -58,7 +58,9 @@ class Plan {
     for (const auto& bundle : bundles) members_.insert(members_.end(), bundle.begin(), bundle.end());
     const Member* at = members_.data();
     for (const auto& bundle : bundles) {
-      for (int64_t h = 0; h < a.num_kv_heads; ++h) add(h, at, int64_t(bundle.size()));
+      int64_t shared = bundle.size() > 1 ? shared_tiles(bundle[0], bundle[1]) : 0;
+      for (size_t m = 2; m < bundle.size(); ++m) shared = std::min(shared, shared_tiles(bundle[0], bundle[m]));
+      for (int64_t h = 0; h < a.num_kv_heads; ++h) add(h, at, int64_t(bundle.size()), rows_of(bundle), shared);
       at += bundle.size();
     }
   }
@@ -94,20 +96,18 @@ class Plan {
   int64_t shared_tiles(const Member& x, const Member& y) const {
     auto seen = [&](const Member& m) { return (length(m) - (m.rows - 1) / group_) / kKeys; };
     const int64_t most = std::min(seen(x), seen(y));
-    const int32_t *a = a_.block_tables + x.sequence * a_.table_width, *b = a_.block_tables + y.sequence * a_.table_width;
+    auto table = [&](const Member& m) { return a_.block_tables + m.sequence * a_.table_width; };
     int64_t same = 0;
-    for (int64_t end = 0; same < most; ++same) {
-      end = ((same + 1) * kKeys + a_.block_size - 1) / a_.block_size;
-      if (!std::equal(a, a + end, b)) break;
+    for (int64_t begin = 0; same < most; ++same) {
+      const int64_t end = ((same + 1) * kKeys + a_.block_size - 1) / a_.block_size;
+      if (!std::equal(table(x) + begin, table(x) + end, table(y) + begin)) break;
+      begin = end;
     }
     return same;
   }
 
-  void add(int64_t head, const Member* members, int64_t count) {
-    Tile tile{head, 0, members, count, int64_t(spans.size()), 0};
-    int64_t shared = count > 1 ? shared_tiles(members[0], members[1]) : 0;
-    for (int64_t m = 2; m < count; ++m) shared = std::min(shared, shared_tiles(members[0], members[m]));
-    for (int64_t m = 0; m < count; ++m) tile.rows += members[m].rows;
+  void add(int64_t head, const Member* members, int64_t count, int64_t rows, int64_t shared) {
+    Tile tile{head, rows, members, count, int64_t(spans.size()), 0};
     const int64_t place = int64_t(tiles.size());
     for (int64_t k = 0; k < shared; ++k) spans.push_back({place, members[0].sequence, k, 0, tile.rows, kKeys});
     int64_t begin = 0;
