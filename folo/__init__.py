@@ -29,12 +29,14 @@ from folo.state.check import check
 from folo.state.engine import EngineState, init
 from folo.state.lifecycle import abort, collect, finish, submit
 from folo.state.outputs import has_unfinished, outputs
+from folo.state.plan import Batch
 from folo.state.rebind import rebind, reconfigure
 from folo.state.restore import restore
 from folo.state.save import save
-from folo.state.schedule import Batch, schedule
+from folo.state.schedule import schedule
 from folo.state.stats import Stats, stats
-from folo.step import Step, Tokens, compile, step
+from folo.step import Step, compile, step
+from folo.tokens import Tokens
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ import torch
 
 from folo.errors import ConfigError
 
-CompileMode = Literal["auto", "eager", "inductor"]
+CompileMode = Literal["auto", "eager", "inductor", "cudagraph"]
 COMPILE_MODES: tuple[str, ...] = get_args(CompileMode)
 
 
@@ -39,7 +39,7 @@ class ModelConfig:
         device: "auto" (CUDA if present), or any torch device.
         skip_tokenizer_init: load no tokenizer: prompts and outputs are token ids only.
         seed: the engine seed, from which requests without a seed of their own get theirs.
-        compile: how the step runs, as `folo.compile` takes it: "auto", "eager" or "inductor".
+        compile: how the step runs, as `folo.compile` takes it.
         trust_remote_code: accepted for compatibility; folo never runs remote code.
 
     Raises:

@@ -22,8 +22,9 @@ from folo.model.tokenizer import load_tokenizer
 from folo.request import Request, RequestOutput
 from folo.sampling import SamplingParams
 from folo.state.engine import EngineState, init
-from folo.state.lifecycle import abort, collect, submit, vacate
-from folo.state.outputs import has_unfinished, output_of
+from folo.state.flight import landed
+from folo.state.lifecycle import abort, collect_known, submit, vacate
+from folo.state.outputs import output_of
 from folo.state.schedule import schedule
 from folo.state.sequence import Sequence as Continuation
 from folo.step import compile, step
@@ -68,6 +69,7 @@ class LLMEngine:
         )
         self._step = compile(step, config.model.compile)
         self._next_id = 0
+        self._coming: tuple[str, ...] = ()  # the request of each token of the step in flight
         self._clocks: dict[str, Clock] = {}
         self._texts = Texts()
         self._done: dict[str, RequestOutput] = {}  # finished, and not yet given to whoever asked
@@ -98,7 +100,8 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to compute or to hand out."""
-        return has_unfinished(self.state) or not self._done.keys() <= self._streams
+        # What a step in flight ends counts until `step` has landed it.
+        return bool(self.state.running or self.state.waiting) or not self._done.keys() <= self._streams
 
     def step(self) -> list[RequestOutput]:
         """Run one step: the outputs so far of requests that got tokens, and those that have ended."""
@@ -250,28 +253,33 @@ class LLMEngine:
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
         # What is kept for the way back holds no blocks: a state that did would pin the whole cache.
-        kept = vacate(self.state), self._next_id, dict(self._clocks), dict(self._done)
+        self.state = landed(self.state)
+        kept = vacate(self.state), self._next_id, dict(self._clocks), dict(self._done), self._coming
         try:
             yield
         except BaseException:
-            self.state, self._next_id, self._clocks, self._done = kept
+            self.state, self._next_id, self._clocks, self._done, self._coming = kept
             raise
 
     def _advance(self) -> tuple[str, ...]:
-        """One step, if there is anything to run; the request of each token that it sampled."""
+        """One step, if there is anything to run; the request of each token that is known from now on."""
+        begun, known = time.perf_counter(), self._coming
         batch = schedule(self.state)
         if batch is None:
-            return ()
-        begun = time.perf_counter()
-        self.state, tokens = self._step(self.params, self.state, batch)
+            self.state, self._coming = landed(self.state), ()
+        else:
+            self.state, tokens = self._step(self.params, self.state, batch)
+            for item in batch.scheduled:
+                if item.admitted:
+                    self._clocks[item.sequence.id] = self._clock(item.sequence.id).admit(begun)
+            self._coming = tokens.request_ids
+            if self.state.flight is None:
+                known, self._coming = (*known, *self._coming), ()
         now = time.perf_counter()
-        for item in batch.scheduled:
-            if item.admitted:
-                self._clocks[item.sequence.id] = self._clock(item.sequence.id).admit(begun)
-        for id in tokens.request_ids:
+        for id in known:
             self._clocks[id] = self._clock(id).token(now)
         self._collect()
-        return tokens.request_ids
+        return known
 
     def _clock(self, id: str) -> Clock:
         """A request's clock; a new one if `state` was set to a value that holds requests from before."""
@@ -279,7 +287,7 @@ class LLMEngine:
 
     def _collect(self) -> None:
         before = self.state
-        after, done = collect(before)
+        after, done = collect_known(before)
         for id, output in done.items():
             num_samples = before.held(id).num_samples
             self._done[id] = replace(output, metrics=self._clock(id).metrics(num_samples))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from folo.sampling import SamplingParams
 
@@ -30,6 +31,7 @@ SAMPLING = np.dtype(
         ("truncated", "?"),  # by top-k or top-p, which sort
     ]
 )
+UNRESOLVED = -1  # a token that was sampled, and that only the device knows yet
 NO_LOGPROBS = -1  # a row's num_logprobs if it wants none, not even its own token's
 
 
@@ -50,7 +52,7 @@ def pack_sampling(params: SamplingParams, seed: int, sample_index: int) -> bytes
     row["sample_index"] = sample_index
     row["num_logprobs"] = output_logprobs(params)
     row["processed"] = params.logprobs_mode == "processed"
-    row["punished"] = (row["repetition"], row["presence"], row["frequency"]) != (1, 0, 0)
+    row["punished"] = params.penalizes
     row["biased"] = bool(params.logit_bias) or params.min_tokens > 0
     row["truncated"] = params.top_k > 0 or params.top_p < 1
     row["warped"] = row["truncated"] or params.min_p > 0 or params.temperature not in (0, 1)
@@ -112,3 +114,8 @@ class Inputs:
     copy_source: Tensor  # int64[C], blocks to copy before anything is written
     copy_target: Tensor  # int64[C]
     rows: tuple[Rows, ...]
+    source: Tensor | None = None  # int64[T], the row of the step before whose token this is, or -1 if known
+
+
+for _arrays in (Penalties, Rows, Inputs):
+    pytree.register_dataclass(_arrays)

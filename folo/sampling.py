@@ -159,6 +159,11 @@ class SamplingParams:
         self._set("logits_processors", _callables(self.logits_processors))
         self._check_together()
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that occurred have a say in the next one."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 

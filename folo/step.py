@@ -5,40 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as fx_config
 
 from folo.config import COMPILE_MODES, CompileMode
 from folo.errors import ConfigError, ParamsMismatchError, RequestError, StaleBatchError
-from folo.inputs import NO_LOGPROBS, Inputs, Rows, output_logprobs
+from folo.graph import CudaGraphs, Graphs, Kind, Recorder, bucketed, kind_of
+from folo.inputs import ROWS_PER_TILE, Inputs, Rows
 from folo.model import device
 from folo.model.forward import layer_in_heap
 from folo.model.params import Params
-from folo.ops.sampler import NO_TOKEN
 from folo.sampling import Context
-from folo.state.advance import Results, advance
+from folo.state.advance import advance
 from folo.state.bind import Bound, bind
 from folo.state.engine import EngineState
+from folo.state.evolve import evolve
+from folo.state.flight import Flight, landed
 from folo.state.layout import Row, RowPlan, inputs_of, rows_of
-from folo.state.schedule import Batch
-from folo.state.sequence import Sequence, TokenLogprobs
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens that a step sampled, R of them.
-
-    ids int64 `[R]`; logprobs float32 `[R]`, NaN where a request did not ask, None if none did; and
-    for each the id of its request and its sample index.
-    """
-
-    ids: Tensor
-    logprobs: Tensor | None
-    request_ids: tuple[str, ...]
-    sample_indices: tuple[int, ...]
+from folo.state.plan import Batch
+from folo.state.sequence import Sequence
+from folo.tokens import Tokens, results_of, tokens_in_flight, tokens_of
+from folo.transfer import download, upload
 
 
 def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState, Tokens]:
@@ -50,7 +41,7 @@ def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState,
         RequestError: a request's logits allow no token, or its logits processor returned something else.
         OutOfBlocksError: states that are still held pin the blocks that the step needs.
     """
-    return _step(layer_in_heap, params, state, batch)
+    return _step(_eager(layer_in_heap), True, params, state, batch)
 
 
 Step = Callable[[Params, EngineState, Batch], tuple[EngineState, Tokens]]
@@ -59,46 +50,43 @@ Step = Callable[[Params, EngineState, Batch], tuple[EngineState, Tokens]]
 def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
     """`folo.step` with its device function compiled: the same function, bit for bit.
 
-    mode: "inductor" compiles one decoder layer with torch.compile, without a graph break, and calls
-        it for each; shapes are dynamic. "eager" is `step` itself. "auto" is the faster of the two: on a
-        CPU that is "eager", by 1.4 times for one request on the default model (`folo bench latency
-        --mode`). The ops leave a compiler little to fuse, and its guards cost 0.15 ms a layer.
+    mode: "eager" is `step` itself.
+        "inductor" compiles one decoder layer with torch.compile, without a graph break, and calls it
+        for each; shapes are dynamic.
+        "cudagraph" (CUDA only) replays graphs of decode steps, captured at first use for padded
+        batches of 1, 2, 4, 8, 16, 32, 48, ... sequences, and runs the rest compiled. A step returns when
+        it is launched: its tokens are on the device, and the state that holds it is stepped on without
+        waiting for them where nothing but decodes comes next. What needs them waits: `outputs`,
+        `collect`, `save`, `fork`, `has_unfinished`, ... A request that ends by its tokens ends when they
+        are known, so a RequestError of a step (no token is allowed) comes from a later call.
+        "auto" is the fastest: "cudagraph" on CUDA. On a CPU "eager" (`folo bench latency --mode`): the
+        ops leave a compiler little to fuse, and its guards take time for each layer.
 
     Raises:
-        ConfigError: an unknown mode.
+        ConfigError: an unknown mode; or, when stepping, "cudagraph" with params that are not on CUDA.
     """
     if mode not in COMPILE_MODES:
         raise ConfigError(f"mode={mode!r}: expected one of {COMPILE_MODES}")
-    if mode in ("auto", "eager"):
+    if mode == "eager" or (mode == "auto" and not torch.cuda.is_available()):
         return step
     layer = torch.compile(layer_in_heap, fullgraph=True, dynamic=True)
+    if mode == "inductor":
+        return partial(_step, _compiled(_eager(layer)), True)
+    graphed = replayed(CudaGraphs(), layer)
 
-    def compiled(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState, Tokens]:
-        # Sizes of 1 get graphs of their own, and models of one process share the limit.
-        with torch._dynamo.config.patch(recompile_limit=64):
-            return _step(layer, params, state, batch)
+    def cudagraph(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState, Tokens]:
+        if params.device.type == "cuda":
+            return graphed(params, state, batch)
+        if mode == "auto":
+            return step(params, state, batch)
+        raise ConfigError(f'mode="cudagraph" needs params on a CUDA device, these are on {params.device}')
 
-    return compiled
+    return cudagraph
 
 
-@torch.no_grad()
-def _step(
-    layer_function: Any, params: Params, state: EngineState, batch: Batch
-) -> tuple[EngineState, Tokens]:
-    if batch is None:
-        raise StaleBatchError("the batch is None: schedule(state) found nothing left to run")
-    if batch.state is not state:
-        raise StaleBatchError("this batch was scheduled for another state; call schedule(state) on this one")
-    if state.params is not params:
-        raise ParamsMismatchError(
-            "this state belongs to other parameters: its K and V come from them; step it with those"
-        )
-    prepared = prologue(batch)
-    inputs = prepared.inputs
-    hidden = device.run(params, state.heap.k, state.heap.v, inputs, layer_function)
-    rows = prepared.rows
-    tiles = zip(inputs.rows, rows.tiles, strict=True)
-    return epilogue(prepared, [_sample(params, hidden, tile, rows, numbers) for tile, numbers in tiles])
+def replayed(recorder: Recorder, layer_function: Any) -> Step:
+    """`folo.step` over graphs that `recorder` captures, not waiting for the tokens; see `compile`."""
+    return partial(_step, _compiled(_graphed(Graphs(recorder, layer_function), layer_function)), False)
 
 
 @dataclass(frozen=True)
@@ -107,26 +95,117 @@ class Prepared:
 
     bound: Bound
     rows: RowPlan
-    inputs: Inputs
+    inputs: Inputs  # on the host
+
+    @property
+    def state(self) -> EngineState:
+        return self.bound.batch.state
+
+    @property
+    def previous(self) -> Tensor | None:
+        """The tokens that the batch does not know yet, on the device."""
+        batch = self.bound.batch
+        return batch.origin.flight.ids if batch.foreseen and batch.origin.flight else None
+
+
+Run = Callable[[Params, Prepared], list[device.Sampled]]
+"""The device function of a prepared step: what each tile of its rows comes to."""
+
+
+@torch.no_grad()
+def _step(
+    run: Run, wait: bool, params: Params, state: EngineState, batch: Batch
+) -> tuple[EngineState, Tokens]:
+    if batch is None:
+        raise StaleBatchError("the batch is None: schedule(state) found nothing left to run")
+    if batch.origin is not state:
+        raise StaleBatchError("this batch was scheduled for another state; call schedule(state) on this one")
+    if state.params is not params:
+        raise ParamsMismatchError(
+            "this state belongs to other parameters: its K and V come from them; step it with those"
+        )
+    prepared = prologue(batch)
+    sampled = run(params, prepared)
+    if wait and not batch.foreseen:
+        return epilogue(prepared, sampled)
+    before, flight = batch.state, _launched(prepared, sampled)
+    if batch.foreseen:  # only now, with this step under way, does anyone wait for the one before
+        before = landed(state)
+        flight = flight.seen_from(before)
+    after = evolve(before, flight=flight) if flight.bound.batch.scheduled else before
+    return landed(after) if wait else after, tokens_in_flight(flight, sampled)
 
 
 def prologue(batch: Batch) -> Prepared:
     """The host's part before the device function. Raises OutOfBlocksError as `step` does."""
     bound, rows = bind(batch), rows_of(batch)
-    return Prepared(bound, rows, inputs_of(bound, rows, batch.state.params.device))
+    return Prepared(bound, rows, inputs_of(bound, rows))
 
 
 def epilogue(prepared: Prepared, sampled: Items[device.Sampled]) -> tuple[EngineState, Tokens]:
     """The host's part after it, given what each tile of rows came to. Raises RequestError as `step` does."""
-    rows = prepared.rows
-    results = _to_host(sampled, rows)
-    _refuse_unsampled(rows, results.ids)
-    return advance(prepared.bound, rows, results), _tokens(rows, results)
+    results = results_of(sampled, prepared.rows)
+    return advance(prepared.state, prepared.bound, prepared.rows, results), tokens_of(prepared.rows, results)
+
+
+def _launched(prepared: Prepared, sampled: list[device.Sampled]) -> Flight:
+    rows, copied = prepared.rows, download(sampled)
+    ids = torch.cat([tile.ids for tile in sampled]) if sampled else torch.empty(0, dtype=torch.int64)
+    return Flight(prepared.bound, rows, ids, list(range(len(rows))), lambda: results_of(copied(), rows))
+
+
+def _eager(layer_function: Any) -> Run:
+    def run(params: Params, prepared: Prepared) -> list[device.Sampled]:
+        return _run(params, prepared, prepared.inputs, layer_function)
+
+    return run
+
+
+def _graphed(graphs: Graphs, layer_function: Any) -> Run:
+    def run(params: Params, prepared: Prepared) -> list[device.Sampled]:
+        state, inputs, rows = prepared.state, prepared.inputs, prepared.rows
+        widest = -(-state.max_model_len // state.cache.block_size)
+        if not prepared.bound.batch.decoding:
+            return _run(params, prepared, bucketed(inputs, widest), layer_function)
+        kind = kind_of(inputs, widest)
+        if any(has_processors(sequence) for sequence in rows.sequences):
+            kind = Kind(kind.width, sampling=False)
+        most = state.scheduler.max_num_seqs
+        output = graphs.decode(params, state.heap, inputs, prepared.previous, kind, most)
+        if not kind.sampling:
+            return _sampled(params, output, upload(inputs.rows, params.device), rows)
+        return [device.Sampled(ids, None, None, None, None) for ids in output.split(ROWS_PER_TILE)]
+
+    return run
+
+
+def _compiled(run: Run) -> Run:
+    def limited(params: Params, prepared: Prepared) -> list[device.Sampled]:
+        # Sizes of 1 get graphs of their own, and models of one process share the limit. Sizes that happen
+        # to be equal are not taken for one size.
+        own_sizes = fx_config.patch(use_duck_shape=False)  # pyright: ignore[reportAttributeAccessIssue]
+        with torch._dynamo.config.patch(recompile_limit=64), own_sizes:
+            return run(params, prepared)
+
+    return limited
+
+
+def _run(params: Params, prepared: Prepared, inputs: Inputs, layer_function: Any) -> list[device.Sampled]:
+    inputs, heap = upload(inputs, params.device), prepared.state.heap
+    if prepared.previous is not None:
+        device.resolve(inputs, prepared.previous)
+    hidden = device.run(params, heap.k, heap.v, inputs, layer_function)
+    return _sampled(params, hidden, inputs.rows, prepared.rows)
+
+
+def _sampled(params: Params, hidden: Tensor, tiles: Items[Rows], rows: RowPlan) -> list[device.Sampled]:
+    pairs = zip(tiles, rows.tiles, strict=True)
+    return [_sample(params, hidden, tile, rows, numbers) for tile, numbers in pairs]
 
 
 def _sample(params: Params, hidden: Tensor, tile: Rows, rows: RowPlan, numbers: range) -> device.Sampled:
     raw, processed = device.row_logits(params, hidden, tile)
-    own = [(place, rows[n]) for place, n in enumerate(numbers) if _has_processors(rows.sequences[n])]
+    own = [(place, rows[n]) for place, n in enumerate(numbers) if has_processors(rows.sequences[n])]
     own = [(place, row) for place, row in own if not row.of_prompt]
     if own:
         processed = processed.clone()
@@ -135,7 +214,7 @@ def _sample(params: Params, hidden: Tensor, tile: Rows, rows: RowPlan, numbers: 
     return device.sample(raw, processed, tile)
 
 
-def _has_processors(sequence: Sequence) -> bool:
+def has_processors(sequence: Sequence) -> bool:
     return bool(sequence.origin.request.sampling.logits_processors)
 
 
@@ -157,56 +236,3 @@ def _transformed(logits: Tensor, row: Row) -> Tensor:
                 f"return logits of shape {tuple(shape)}"
             )
     return logits
-
-
-def _to_host(sampled: Items[device.Sampled], rows: RowPlan) -> Results:
-    ids: list[int] = []
-    scores: list[TokenLogprobs | None] = []
-    for tile, numbers in zip(sampled, rows.tiles, strict=True):
-        ids += tile.ids.tolist()
-        if tile.logprob is None or tile.rank is None or tile.top_ids is None or tile.top_logprobs is None:
-            scores += [None] * len(numbers)
-            continue
-        columns = (
-            tile.logprob.tolist(),
-            tile.rank.tolist(),
-            tile.top_ids.tolist(),
-            tile.top_logprobs.tolist(),
-        )
-        for n, logprob, rank, top_ids, top_logprobs in zip(numbers, *columns, strict=True):
-            k = _num_logprobs(rows[n])
-            score = TokenLogprobs(logprob, rank, tuple(top_ids[:k]), tuple(top_logprobs[:k]))
-            scores.append(None if k == NO_LOGPROBS else score)
-    return Results(ids, scores)
-
-
-def _num_logprobs(row: Row) -> int:
-    params = row.sequence.origin.request.sampling
-    return params.prompt_logprobs or 0 if row.of_prompt else output_logprobs(params)
-
-
-def _refuse_unsampled(rows: RowPlan, ids: list[int]) -> None:
-    if NO_TOKEN in ids:
-        row = rows[ids.index(NO_TOKEN)]
-        raise RequestError(
-            f"request {row.sequence.id!r}: no token can be sampled at position {row.position}: its "
-            f"logits hold NaN or inf, or every token is banned; abort it, and the others go on"
-        )
-
-
-def _tokens(rows: RowPlan, results: Results) -> Tokens:
-    ids, scores = results.ids, results.scores
-    origins = [sequence.origin for sequence in rows.sequences]
-    if max(rows.targets, default=-1) >= 0:  # some rows only score a token
-        at = [n for n, target in enumerate(rows.targets) if target < 0]
-        ids, scores, origins = [ids[n] for n in at], [scores[n] for n in at], [origins[n] for n in at]
-    logprobs = None
-    if any(scores):
-        values = [float("nan") if score is None else score.logprob for score in scores]
-        logprobs = torch.tensor(values, dtype=torch.float32)
-    return Tokens(
-        ids=torch.from_numpy(np.array(ids, np.int64)),  # a third of torch.tensor's time
-        logprobs=logprobs,
-        request_ids=tuple([origin.request.id for origin in origins]),
-        sample_indices=tuple([origin.sample for origin in origins]),
-    )

@@ -100,7 +100,7 @@ def sampled_every_way(params: folo.Params) -> tuple[folo.EngineState, Inputs]:
     batch = folo.schedule(state)
     assert batch is not None
     bound = bind(batch)
-    inputs = inputs_of(bound, rows_of(batch), params.device)
+    inputs = inputs_of(bound, rows_of(batch))
     return state, replace(inputs, copy_source=torch.tensor([0]), copy_target=torch.tensor([9]))
 
 
@@ -183,7 +183,8 @@ def test_global_random_state_is_neither_read_nor_changed(tiny: folo.Params) -> N
 # --- the source
 
 ROOT = Path(folo.__file__).parent
-BASE = frozenset({"config", "request", "inputs", "sampling", "detokenize"})
+BASE = frozenset({"config", "request", "inputs", "padding", "transfer", "sampling", "detokenize"})
+STEP = frozenset({"step", "graph", "tokens"})
 LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "ops": frozenset({"ops", "errors"}),
@@ -203,7 +204,9 @@ def modules() -> dict[str, ast.Module]:
 def layer_of(parts: tuple[str, ...]) -> str:
     """The layer of `folo.<parts>`; a name of `folo/__init__.py` itself is the shell's."""
     first = parts[0].removesuffix(".py") if parts else "shell"
-    return "base" if first in BASE else first if first in LAYERS else "shell"
+    if first in BASE:
+        return "base"
+    return "step" if first in STEP else first if first in LAYERS else "shell"
 
 
 def at_run_time(tree: ast.AST) -> Iterator[ast.AST]:

@@ -13,7 +13,8 @@ from folo.bench.workloads import Arrival
 from folo.model.params import Params
 from folo.state.engine import EngineState
 from folo.state.lifecycle import submit
-from folo.state.schedule import Batch, schedule
+from folo.state.plan import Batch
+from folo.state.schedule import schedule
 from folo.state.sequence import Sequence
 from folo.state.stats import Stats, stats
 from folo.step import step as default_step

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from folo import ops
 from folo.inputs import NO_LOGPROBS, Inputs, Rows
@@ -26,11 +27,22 @@ class Sampled:
     top_logprobs: Tensor | None
 
 
+pytree.register_dataclass(Sampled)
+
+
 def run(params: Params, k: Tensor, v: Tensor, inputs: Inputs, layer_function: Any = layer_in_heap) -> Tensor:
     """Write K and V of the step's tokens into the heap (in place) -> hidden states `[T, D]`."""
     if inputs.copy_source.numel():
         ops.copy_blocks(k, v, inputs.copy_source, inputs.copy_target)
     return hidden_in_heap(params, k, v, inputs, layer_function)
+
+
+def resolve(inputs: Inputs, previous: Tensor) -> None:
+    """Fill in the token ids that only the device knows: rows `inputs.source` of `previous`, int64 `[P]`."""
+    assert inputs.source is not None
+    # A row that found no token is refused when it lands; until then any token will do.
+    found = previous[inputs.source.clamp(min=0)].clamp(min=0)
+    inputs.token_ids.copy_(torch.where(inputs.source >= 0, found, inputs.token_ids))
 
 
 def row_logits(params: Params, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -173,7 +173,8 @@ def paged_attention(
 
     q `[T, Hq, E]`: sequence s has rows query_start[s]:query_start[s+1], its last tokens, of
     seq_lens[s] in all. caches as `qk_norm_rope_write` takes them, block_tables int32 `[S, B]`,
-    query_start int32 `[S+1]`, seq_lens int32 `[S]` -> `[T, Hq, E]` in q's dtype.
+    query_start int32 `[S+1]`, seq_lens int32 `[S]` -> `[T, Hq, E]` in q's dtype. A sequence with a
+    seq_lens of 0 is padding: it sees no key, and its rows come to 0.
 
     One order for every row: tiles of KV_TILE keys from position 0 upward under an online softmax
     (Milakov & Gimelshein 2018; Dao et al. 2022), in float32. The query rows of a KV head go in
@@ -209,7 +210,11 @@ def paged_attention(
         top = torch.cat((new_top, top[n:]))
         total = torch.cat((total[:n] * fade + row_sum(weights), total[n:]))
         acc = torch.cat((acc[:n] * fade[..., None] + _batched(weights, v_tile), acc[n:]))
-    out = (acc / total[..., None]).transpose(1, 2).reshape(-1, num_kv_heads, head_dim)
+    out = (
+        (acc / torch.where(total == 0, 1, total)[..., None])
+        .transpose(1, 2)
+        .reshape(-1, num_kv_heads, head_dim)
+    )
     return (
         out[unsort].view(q.shape[0], -1, num_kv_heads, head_dim).transpose(1, 2).reshape(q.shape).to(q.dtype)
     )

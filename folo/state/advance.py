@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from folo import detokenize
+from folo.inputs import UNRESOLVED
 from folo.state.bind import Bound
 from folo.state.engine import Counters, EngineState
 from folo.state.evolve import draft, evolve
@@ -24,10 +25,12 @@ class Results:
     scores: list[TokenLogprobs | None]
 
 
-def advance(bound: Bound, rows: RowPlan, results: Results) -> EngineState:
-    """The state after the step, with its tokens appended and its stop conditions applied."""
-    batch = bound.batch
-    state, size, caching = batch.state, batch.state.cache.block_size, batch.state.cache.enable_prefix_caching
+def advance(state: EngineState, bound: Bound, rows: RowPlan, results: Results) -> EngineState:
+    """The state after a step of it, with the tokens appended and stop conditions applied.
+
+    Tokens may be UNRESOLVED: then a sequence ends only by its length.
+    """
+    batch, size, caching = bound.batch, state.cache.block_size, state.cache.enable_prefix_caching
     pool, numbers, targets = bound.pool, [*rows.numbers, -1], rows.targets
     ids, scored = results.ids, any(results.scores)
     changed: dict[int, Sequence] = {}  # by id() of the sequence in the old state
@@ -53,6 +56,11 @@ def advance(bound: Bound, rows: RowPlan, results: Results) -> EngineState:
                 token, origin = ids[at], before.origin
                 fields["tokens"] = tokens = before.tokens.append(token)
                 length = tokens.length
+                if token == UNRESOLVED:
+                    if length >= origin.max_length:
+                        fields["finish_reason"] = "length"
+                    at += 1
+                    continue
                 if caching and not length % size:
                     fields["digests"] = extend_digests(
                         before.digests, tokens, size, origin.request.cache_salt

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from folo.state.heap import Block
 from folo.state.pinned import out_of_blocks
+from folo.state.plan import Batch, Scheduled
 from folo.state.pool import Pool
-from folo.state.schedule import Batch, Scheduled
 from folo.state.sequence import BlockTable
 
 

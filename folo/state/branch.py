@@ -14,6 +14,7 @@ from folo.inputs import pack_sampling
 from folo.request import Request
 from folo.state.engine import EngineState, Held
 from folo.state.evolve import evolve
+from folo.state.flight import landed
 from folo.state.lifecycle import check_vocabulary, max_length, origin_of
 from folo.state.log import Log
 from folo.state.pool import extend_digests
@@ -49,6 +50,7 @@ def fork(
         RequestError: no such request or sample; an id that is taken; a `keep` that is not between
             the prompt and the whole; a token outside the vocabulary; no room left for output.
     """
+    state = landed(state)
     parent = _sample(state, id, sample)
     num_prompt, length = parent.origin.num_prompt, parent.tokens.length
     keep = length if keep is None else keep
@@ -98,6 +100,7 @@ def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
         RequestError: no such request; several samples (fork the one to go on with); no token ids, or
             one outside the vocabulary; no room left for output under max_model_len.
     """
+    state = landed(state)
     held = state.held(id)
     if held.num_samples > 1:
         raise RequestError(f"request {id!r} has {held.num_samples} samples: fork the one to go on with")

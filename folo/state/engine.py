@@ -19,9 +19,7 @@ from folo.state.sequence import Sequence
 if TYPE_CHECKING:
     from folo.model.config import DecoderConfig
     from folo.model.params import Params
-
-# Steps whose blocks may be in the air at once: the one being computed, while its source is held.
-_IN_FLIGHT = 1
+    from folo.state.flight import Flight
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class EngineState:
 
     A sequence stands in exactly one of `running`, `waiting` (both in the order of `rank`) and the
     `ended` of its request; a request in `requests` until all of its sequences have ended, then in
-    `finished`. `params` and `heap` are context: they are compared by identity.
+    `finished`. `flight` is a step that was launched from the rest, and that the rest knows nothing of
+    yet (`folo.state.flight`). `params` and `heap` are context: they are compared by identity.
     """
 
     running: tuple[Sequence, ...]
@@ -67,6 +66,7 @@ class EngineState:
     params: Params
     heap: KVHeap
     tokenizer: Any
+    flight: Flight | None = None
 
     def rank(self, sequence: Sequence) -> tuple[int, int, int]:
         """Who goes first: the priority if the policy says so, then arrival, then sample."""
@@ -110,7 +110,7 @@ def init(
     config = params.config
     block_bytes = 2 * config.num_layers * cache.block_size * config.num_kv_heads * config.head_dim
     block_bytes *= params.dtype.itemsize
-    spare = margin(cache, scheduler)
+    spare = margin(cache, scheduler, params.device)
     num_blocks = cache.num_blocks
     if num_blocks is None:
         memory = _heap_bytes(cache, params.device)
@@ -141,10 +141,15 @@ def init(
     )
 
 
-def margin(cache: CacheConfig, scheduler: SchedulerConfig) -> int:
-    """Blocks of the heap beyond those that one state may use: for steps in flight, and the reserve."""
-    chunk = -(-scheduler.max_num_batched_tokens // cache.block_size)
-    return _IN_FLIGHT * (chunk + 2 * scheduler.max_num_seqs) + cache.reserve_blocks
+def margin(cache: CacheConfig, scheduler: SchedulerConfig, device: torch.device) -> int:
+    """Blocks of the heap beyond those that one state may use: for steps in flight, and the reserve.
+
+    One step is being computed while its source is held; on a GPU a second one, of decodes, may follow
+    before anyone has looked at the first.
+    """
+    chunk, decodes = -(-scheduler.max_num_batched_tokens // cache.block_size), 2 * scheduler.max_num_seqs
+    ahead = 0 if device.type == "cpu" else decodes
+    return chunk + decodes + ahead + cache.reserve_blocks
 
 
 def longest_sequence(
@@ -173,7 +178,7 @@ def _heap_bytes(cache: CacheConfig, device: torch.device) -> int:
     return int(cache.kv_cache_gib * 2**30)
 
 
-_LEAVES = ("running", "waiting", "requests", "finished", "pool", "arrivals", "counters")
+_LEAVES = ("running", "waiting", "requests", "finished", "pool", "arrivals", "counters", "flight")
 _CONTEXT = tuple(f.name for f in fields(EngineState) if f.name not in _LEAVES)
 
 
@@ -184,7 +189,7 @@ def _flatten(state: EngineState) -> tuple[list[Any], Any]:
 
 
 def _unflatten(leaves: Any, context: Any) -> EngineState:
-    return EngineState(*leaves, *context)
+    return EngineState(**dict(zip((*_LEAVES, *_CONTEXT), (*leaves, *context), strict=True)))
 
 
 pytree.register_pytree_node(EngineState, _flatten, _unflatten, serialized_type_name="folo.EngineState")

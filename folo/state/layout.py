@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folo.inputs import ROWS_PER_TILE, SAMPLING, Inputs, Penalties, Rows, pack_sampling
+from folo.inputs import ROWS_PER_TILE, SAMPLING, UNRESOLVED, Inputs, Penalties, Rows, pack_sampling
 from folo.sampling import SamplingParams
 from folo.state.bind import Bound
 from folo.state.log import gather
-from folo.state.schedule import Batch, Scheduled
+from folo.state.plan import Batch, Scheduled
 from folo.state.sequence import Sequence
 
 # Sampling parameters that change nothing, for rows that only score a prompt token.
@@ -102,8 +102,8 @@ def _scored(sequence: Sequence, start: int, end: int) -> range:
     return range(max(unscored.start, start + 1), min(unscored.stop, end + 1))
 
 
-def inputs_of(bound: Bound, rows: RowPlan, device: torch.device) -> Inputs:
-    """All arrays of a step, on the device."""
+def inputs_of(bound: Bound, rows: RowPlan) -> Inputs:
+    """All arrays of a step, on the host."""
     scheduled, size = bound.batch.scheduled, bound.batch.state.cache.block_size
     starts = np.array([item[1] for item in scheduled])
     ends = np.array([item[2] for item in scheduled])
@@ -117,7 +117,7 @@ def inputs_of(bound: Bound, rows: RowPlan, device: torch.device) -> Inputs:
     slots = tables[number, positions // size].astype(np.int64) * size + positions % size
 
     def put(values: Any, dtype: type) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype)).to(device)
+        return torch.from_numpy(np.array(values, dtype))
 
     return Inputs(
         token_ids=put(_token_ids(scheduled, len(positions)), np.int64),
@@ -129,6 +129,7 @@ def inputs_of(bound: Bound, rows: RowPlan, device: torch.device) -> Inputs:
         copy_source=put([source.index for source, _ in bound.copies], np.int64),
         copy_target=put([target.index for _, target in bound.copies], np.int64),
         rows=_tiled(rows, put),
+        source=put(_sources(bound.batch), np.int64) if bound.batch.foreseen else None,
     )
 
 
@@ -136,6 +137,16 @@ def _token_ids(scheduled: Items[Scheduled], count: int) -> list[int]:
     if count == len(scheduled):
         return gather([item[0].tokens for item in scheduled], [item[1] for item in scheduled])
     return [token for item in scheduled for token in item.sequence.tokens[item.start : item.end]]
+
+
+def _sources(batch: Batch) -> list[int]:
+    """For the token of each decode, the row of the flight that it comes from, or -1 if it is known."""
+    flight = batch.origin.flight
+    assert flight is not None, "a batch is foreseen behind a flight"
+    pairs = zip(flight.rows.sequences, flight.places, strict=True)
+    places = {sequence.key: place for sequence, place in pairs}
+    last = [(sequence, sequence.tokens[start]) for sequence, start, *_ in batch.scheduled]
+    return [places[sequence.key] if token == UNRESOLVED else -1 for sequence, token in last]
 
 
 def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:

@@ -13,6 +13,7 @@ from folo.request import Request, RequestOutput
 from folo.sampling import SamplingParams, derive_seed
 from folo.state.engine import EngineState, Held
 from folo.state.evolve import evolve
+from folo.state.flight import landed, landed_or_before
 from folo.state.log import Log
 from folo.state.map import Map
 from folo.state.outputs import output_of
@@ -89,6 +90,7 @@ def origin_of(
         max_length=limit,
         scored_from=1 if scores_prompt else num_prompt,
         scored_to=limit if scores_output else num_prompt,
+        looks_back=params.penalizes or bool(params.logits_processors),
         lineage=lineage,
     )
 
@@ -142,6 +144,7 @@ def finish(
     """
     if reason not in ("stop", "length", "abort"):
         raise RequestError(f'finish reason {reason!r}: expected "stop", "length" or "abort"')
+    state = landed_or_before(state)
     request, pool = state.held(id).request, state.pool
     mine = [s for s in (*state.running, *state.waiting) if s.origin.request is request]
     for sequence in mine:
@@ -193,5 +196,10 @@ def vacate(state: EngineState) -> EngineState:
 
 def collect(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:
     """Take the finished requests out of the state; their outputs by id, in order of arrival."""
+    return collect_known(landed(state))
+
+
+def collect_known(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:
+    """`collect`, of those that are known to have finished: it waits for no step in flight."""
     done = sorted((held for _, held in state.finished.items()), key=lambda a: a.arrival)
     return evolve(state, finished=Map()), {a.request.id: output_of(state, a) for a in done}

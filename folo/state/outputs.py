@@ -8,16 +8,19 @@ from typing import Any
 from folo import detokenize
 from folo.request import CompletionOutput, Logprob, RequestOutput
 from folo.state.engine import EngineState, Held
+from folo.state.flight import landed
 from folo.state.sequence import Sequence, TokenLogprobs
 
 
 def has_unfinished(state: EngineState) -> bool:
     """Whether any sequence still waits or runs."""
+    state = landed(state)
     return bool(state.running or state.waiting)
 
 
 def outputs(state: EngineState) -> dict[str, RequestOutput]:
     """The output so far of every request that the state holds, finished or not, in order of arrival."""
+    state = landed(state)
     both = (a for requests in (state.requests, state.finished) for _, a in requests.items())
     unfinished: dict[str, list[Sequence]] = {}
     for sequence in (*state.running, *state.waiting):

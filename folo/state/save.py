@@ -37,6 +37,7 @@ from torch import Tensor
 from folo.ops.arithmetic import arithmetic
 from folo.state.document import describe, sequences_of
 from folo.state.engine import EngineState
+from folo.state.flight import landed
 from folo.state.heap import Block
 from folo.state.pool import DIGEST_SIZE
 
@@ -52,7 +53,8 @@ def save(state: EngineState, path: str | os.PathLike[str]) -> None:
         RequestError: a request has a logits processor without a name (`folo.sampling.named`).
         OSError: the file cannot be written; nothing is left behind.
     """
-    tensors, path = _tensors(state), Path(path)
+    state, path = landed(state), Path(path)
+    tensors = _tensors(state)
     metadata = {
         "format": FORMAT,
         "version": VERSION,

@@ -68,6 +68,7 @@ class Origin:
     max_length: int  # the sequence ends at this many tokens
     scored_from: int  # the positions of which scores are kept; none if the range is empty
     scored_to: int
+    looks_back: bool  # what is sampled next depends on the tokens so far by more than K and V
     lineage: tuple[tuple[str, int, int], ...] = ()
 
 
@@ -92,6 +93,11 @@ class Sequence:
     @property
     def id(self) -> str:
         return self.origin.request.id
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Which of the state's sequences this is, whatever became of it."""
+        return self.origin.request.id, self.origin.sample
 
     @property
     def num_output(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from folo.state.engine import EngineState
+from folo.state.flight import landed
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Stats:
 
 def stats(state: EngineState) -> Stats:
     """Count what a state holds; O(blocks in use)."""
+    state = landed(state)
     size, pool, counters = state.cache.block_size, state.pool, state.counters
     filled: dict[int, int] = {}  # by block index
     shared: set[int] = set()

@@ -126,8 +126,9 @@ class Worker {
   void finish() const {
     for (int64_t r = 0; r < tile_.rows; ++r) {
       T* to = static_cast<T*>(a_.out) + row_place_[r];
+      const Float total = all(sum_.total[r] == 0 ? 1 : sum_.total[r]);  // 0: a padding row, which saw no key
       for (int64_t i = 0; i < a_.head_dim; i += kLanes) {
-        Float value = load(sum_.sums + r * width_ + i) / all(sum_.total[r]);
+        Float value = load(sum_.sums + r * width_ + i) / total;
         int64_t left = a_.head_dim - i;
         if (left >= kLanes) {
           store(to + i, value);

@@ -1,0 +1,117 @@
+"""A step in flight: launched, and perhaps still running on the device, when its state is used already.
+
+The tokens of such a step are known to the device alone. Its state is the one that it was launched from, with
+the flight beside it; all that depends on the tokens lands the flight first, which waits for them. What does
+not wait is the next step, as long as it only decodes: it is planned on the state that is foreseen, in which
+the tokens are UNRESOLVED, launched, and only then seen from the state that has them. So the host works on a
+step while the device works on the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from folo.errors import RequestError
+from folo.inputs import UNRESOLVED
+from folo.state.advance import Results, advance
+from folo.state.bind import Bound
+from folo.state.engine import EngineState
+from folo.state.evolve import evolve
+from folo.state.layout import RowPlan
+from folo.state.plan import Batch, Scheduled
+from folo.state.sequence import BlockTable
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A step that was launched from the state that holds it.
+
+    ids: what all rows of the launch came to, int64, on the device; `places` are those of `rows` in it.
+    fetch: waits for the results of all rows of the launch, in the order of `ids`. May be called again.
+
+    Raises:
+        RequestError: (fetch) a request's logits allow no token.
+    """
+
+    bound: Bound
+    rows: RowPlan
+    ids: Tensor
+    places: list[int]
+    fetch: Callable[[], Results]
+
+    @property
+    def results(self) -> Results:
+        """Of `rows`."""
+        found = self.fetch()
+        return Results([found.ids[n] for n in self.places], [found.scores[n] for n in self.places])
+
+    def seen_from(self, state: EngineState) -> Flight:
+        """The flight as a step of `state`, whose tokens were foreseen when it was launched.
+
+        Sequences that have ended with those tokens are surplus: their rows are left out, their new blocks
+        given up.
+        """
+        now = {sequence.key: sequence for sequence in state.running}
+        kept = [n for n, item in enumerate(self.bound.batch.scheduled) if item.sequence.key in now]
+        pool, tables, scheduled = state.pool, list[BlockTable](), list[Scheduled]()
+        copies = self.bound.copies
+        for n in kept:
+            item, bound = self.bound.batch.scheduled[n], self.bound.tables[n].blocks
+            sequence, foreseen = now[item.sequence.key], item.sequence.table.blocks
+            table = sequence.table
+            if bound is not foreseen:
+                copied = bool(foreseen) and bound[len(foreseen) - 1] is not foreseen[-1]
+                if copied:
+                    pool = pool.part(table.blocks)
+                    table = table.first(len(foreseen) - 1)
+                new = bound[len(table.blocks) :]
+                if len(new) > copied:
+                    pool = pool.take(len(new) - copied)
+                table = table.extended(list(new))
+            tables.append(table)
+            scheduled.append(item._replace(sequence=sequence))
+        batch = Batch(state, tuple(scheduled), (), True, state)
+        rows = RowPlan(
+            list(range(len(kept))),
+            [item.sequence for item in scheduled],
+            [self.rows.hidden[n] for n in kept],
+            [self.rows.positions[n] for n in kept],
+            [self.rows.targets[n] for n in kept],
+        )
+        bound = Bound(batch, tables, pool.evict(), copies)
+        return Flight(bound, rows, self.ids, [self.places[n] for n in kept], self.fetch)
+
+
+def landed(state: EngineState) -> EngineState:
+    """The state with its flight's tokens, for which this waits; itself if nothing is in flight.
+
+    Raises:
+        RequestError: a request's logits allow no token. The state stays as it was.
+    """
+    flight = state.flight
+    if flight is None:
+        return state
+    return advance(evolve(state, flight=None), flight.bound, flight.rows, flight.results)
+
+
+def landed_or_before(state: EngineState) -> EngineState:
+    """`landed`; where that raises, the state from before the flight, which can be stepped again."""
+    try:
+        return landed(state)
+    except RequestError:
+        return evolve(state, flight=None)
+
+
+def foreseen(state: EngineState) -> EngineState | None:
+    """The state after its flight but for the tokens; None if the next step's plan depends on them."""
+    flight = state.flight
+    if flight is None or not flight.bound.batch.decoding:
+        return None
+    if any(sequence.origin.looks_back for sequence in flight.rows.sequences):
+        return None
+    count = len(flight.rows)
+    unknown = Results([UNRESOLVED] * count, [None] * count)
+    return advance(evolve(state, flight=None), flight.bound, flight.rows, unknown)

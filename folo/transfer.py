@@ -1,0 +1,74 @@
+"""Arrays between host and device: many at once, in one copy, and without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_ALIGNMENT = 64  # bytes: what a kernel is compiled for may depend on a pointer's alignment
+T = TypeVar("T")
+
+
+def upload(tree: T, device: torch.device) -> T:
+    """A tree of host tensors, on the device."""
+    return tree if device.type == "cpu" else Fixed(tree, device).fill(tree)
+
+
+def download(tree: T) -> Callable[[], T]:
+    """Begin to copy a tree of tensors to the host; the function returned waits for it, as often as called."""
+    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if not any(tensor.is_cuda for tensor in tensors):
+        return lambda: tree
+
+    def copied(tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    host = pytree.tree_map_only(Tensor, copied, tree)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> Any:
+        done.synchronize()
+        return host
+
+    return wait
+
+
+class Fixed(Generic[T]):
+    """Device tensors at fixed addresses, of the shapes and dtypes of a tree of host tensors.
+
+    They are views of one buffer, which one copy fills. `tree` is what a captured graph reads.
+    """
+
+    def __init__(self, tree: T, device: torch.device) -> None:
+        leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+        self._places: list[slice] = []
+        end = 0
+        for leaf in leaves:
+            self._places.append(slice(end, end + leaf.numel() * leaf.element_size()))
+            end += -(-leaf.numel() * leaf.element_size() // _ALIGNMENT) * _ALIGNMENT
+        self._buffer = torch.zeros(end, dtype=torch.uint8, device=device)
+        places = iter(self._places)
+
+        def view(leaf: Tensor) -> Tensor:
+            return self._buffer[next(places)].view(leaf.dtype).view(leaf.shape)
+
+        self.tree: T = pytree.tree_map_only(Tensor, view, tree)
+
+    def fill(self, tree: T) -> T:
+        """Copy host tensors of the same shapes in; returns the device's.
+
+        From page-locked memory, which the copy reads later on: torch keeps it until then.
+        """
+        cuda = self._buffer.is_cuda
+        host = torch.empty(self._buffer.shape, dtype=torch.uint8, pin_memory=cuda)
+        leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+        for leaf, place in zip(leaves, self._places, strict=True):
+            host[place].view(leaf.dtype).copy_(leaf.reshape(-1))
+        self._buffer.copy_(host, non_blocking=True)
+        return self.tree
