@@ -40,6 +40,8 @@ class ModelConfig:
         skip_tokenizer_init: load no tokenizer: prompts and outputs are token ids only.
         seed: the engine seed, from which requests without a seed of their own get theirs.
         compile: how the step runs, as `folo.compile` takes it.
+        attention: who computes attention, as `folo.init` takes it.
+        deterministic: refuse an attention backend that is not known to keep folo's promise of invariance.
         trust_remote_code: accepted for compatibility; folo never runs remote code.
 
     Raises:
@@ -53,6 +55,8 @@ class ModelConfig:
     skip_tokenizer_init: bool = False
     seed: int = 0
     compile: CompileMode = "auto"
+    attention: str = "auto"
+    deterministic: bool = True
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

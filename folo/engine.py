@@ -65,7 +65,13 @@ class LLMEngine:
             None if model.skip_tokenizer_init else load_tokenizer(model.tokenizer or model.model)
         )
         self.state: EngineState = init(
-            self.params, config.cache, config.scheduler, self.tokenizer, model.seed
+            self.params,
+            config.cache,
+            config.scheduler,
+            self.tokenizer,
+            model.seed,
+            model.attention,
+            model.deterministic,
         )
         self._step = compile(step, config.model.compile)
         self._next_id = 0

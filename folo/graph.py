@@ -19,6 +19,7 @@ from folo.inputs import NO_LOGPROBS, Inputs, Rows
 from folo.model import device
 from folo.model.params import Params
 from folo.padding import bucket, decode_sizes, padded, padded_rows, table_width
+from folo.state.engine import EngineState
 from folo.state.heap import KVHeap
 from folo.transfer import Fixed, upload
 
@@ -82,20 +83,19 @@ class Graphs:
         self._captured = WeakKeyDictionary()
 
     def decode(
-        self, params: Params, heap: KVHeap, inputs: Inputs, previous: Tensor | None, kind: Kind, most: int
+        self, params: Params, state: EngineState, inputs: Inputs, previous: Tensor | None, kind: Kind
     ) -> Tensor:
         """One token more of each sequence: its id, int64 `[S]`, or its hidden states `[S, D]`.
 
         Args:
             inputs: on the host.
             previous: what `inputs.source` refers to.
-            most: the sequences that there can be.
         """
-        count = inputs.seq_lens.shape[0]
+        count, heap = inputs.seq_lens.shape[0], state.heap
         if inputs.copy_source.numel():
             source, target = upload((inputs.copy_source, inputs.copy_target), params.device)
             ops.copy_blocks(heap.k, heap.v, source, target)
-        graphs = self._graphs(params, heap, kind, most)
+        graphs = self._graphs(params, state, kind)
         graph = graphs[size := min(size for size in graphs if size >= count)]
         fixed = graph.inputs.fill(_fitted(inputs, size, kind))
         if previous is not None:
@@ -103,23 +103,24 @@ class Graphs:
         graph.replay()
         return graph.output[:count].clone()
 
-    def _graphs(self, params: Params, heap: KVHeap, kind: Kind, most: int) -> dict[int, _Graph]:
+    def _graphs(self, params: Params, state: EngineState, kind: Kind) -> dict[int, _Graph]:
+        heap = state.heap
         of, graphs = self._captured.get(heap, (params, {}))
         if of is not params:
             graphs = {}
         self._captured[heap] = params, graphs
-        if kind not in graphs:
-            # The largest first: the smaller ones find room in the memory that it took.
-            sizes = reversed(decode_sizes(most))
-            graphs[kind] = {size: self._capture(params, heap.k, heap.v, kind, size) for size in sizes}
-        return graphs[kind]
+        captured, sizes = graphs.setdefault(kind, {}), decode_sizes(state.scheduler.max_num_seqs)
+        for size in reversed(sizes):  # the smaller ones find room in the memory that the largest took
+            if size not in captured:
+                captured[size] = self._capture(params, heap.k, heap.v, state.attention, kind, size)
+        return captured
 
-    def _capture(self, params: Params, k: Tensor, v: Tensor, kind: Kind, size: int) -> _Graph:
+    def _capture(self, params: Params, k: Tensor, v: Tensor, attention: str, kind: Kind, size: int) -> _Graph:
         fixed = Fixed(_fitted(_NOTHING, size, kind), params.device)
         fixed.fill(_fitted(_NOTHING, size, kind))
 
         def function() -> Tensor:
-            hidden = device.run(params, k, v, fixed.tree, self._layer)
+            hidden = device.run(params, k, v, fixed.tree, attention, self._layer)
             if not kind.sampling:
                 return hidden
             tiles = fixed.tree.rows

@@ -170,8 +170,7 @@ def _graphed(graphs: Graphs, layer_function: Any) -> Run:
         kind = kind_of(inputs, widest)
         if any(has_processors(sequence) for sequence in rows.sequences):
             kind = Kind(kind.width, sampling=False)
-        most = state.scheduler.max_num_seqs
-        output = graphs.decode(params, state.heap, inputs, prepared.previous, kind, most)
+        output = graphs.decode(params, state, inputs, prepared.previous, kind)
         if not kind.sampling:
             return _sampled(params, output, upload(inputs.rows, params.device), rows)
         return [device.Sampled(ids, None, None, None, None) for ids in output.split(ROWS_PER_TILE)]
@@ -194,7 +193,7 @@ def _run(params: Params, prepared: Prepared, inputs: Inputs, layer_function: Any
     inputs, heap = upload(inputs, params.device), prepared.state.heap
     if prepared.previous is not None:
         device.resolve(inputs, prepared.previous)
-    hidden = device.run(params, heap.k, heap.v, inputs, layer_function)
+    hidden = device.run(params, heap.k, heap.v, inputs, prepared.state.attention, layer_function)
     return _sampled(params, hidden, inputs.rows, prepared.rows)
 
 

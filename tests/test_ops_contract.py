@@ -342,6 +342,20 @@ def test_attention_to_shared_blocks_is_as_if_they_were_not_shared(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_sees_no_key_and_changes_no_row(dtype: torch.dtype) -> None:
+    """Sequences of length 0: with a row each, with several, with none."""
+    k, v = (random(4, 8, 2, 64, dtype=dtype, seed=n) for n in range(2))
+    q = random(8, 4, 64, dtype=dtype, seed=2)
+    tables = torch.tensor([[1, 2], [3, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.int32)
+    start = torch.tensor([0, 2, 3, 4, 4, 8], dtype=torch.int32)
+    lens = torch.tensor([9, 4, 0, 0, 0], dtype=torch.int32)
+    together = ops.paged_attention(q, k, v, tables, start, lens, 0.125)
+    alone = ops.paged_attention(q[:3], k, v, tables[:2], start[:3], lens[:2], 0.125)
+    assert same_bits(together[:3], alone)
+    assert not together[3:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_keeps_the_contract_over_long_contexts_and_many_mates(dtype: torch.dtype) -> None:
     heads = (16, 2, 2)
     contexts = [Context.random(length, heads, dtype, seed=length) for length in (600, 599, 513, 512, 1, 130)]

@@ -35,7 +35,7 @@ MOVING_METHODS = frozenset({"flatten", "float"})
 
 def on_device(params: folo.Params, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     """All of a step that is compiled."""
-    hidden = device.run(params, k, v, inputs)
+    hidden = device.run(params, k, v, inputs, "cpu")
     results = [hidden]
     for rows in inputs.rows:
         raw, processed = device.row_logits(params, hidden, rows)

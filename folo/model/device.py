@@ -30,11 +30,18 @@ class Sampled:
 pytree.register_dataclass(Sampled)
 
 
-def run(params: Params, k: Tensor, v: Tensor, inputs: Inputs, layer_function: Any = layer_in_heap) -> Tensor:
+def run(
+    params: Params,
+    k: Tensor,
+    v: Tensor,
+    inputs: Inputs,
+    attention: str,
+    layer_function: Any = layer_in_heap,
+) -> Tensor:
     """Write K and V of the step's tokens into the heap (in place) -> hidden states `[T, D]`."""
     if inputs.copy_source.numel():
         ops.copy_blocks(k, v, inputs.copy_source, inputs.copy_target)
-    return hidden_in_heap(params, k, v, inputs, layer_function)
+    return hidden_in_heap(params, k, v, inputs, attention, layer_function)
 
 
 def resolve(inputs: Inputs, previous: Tensor) -> None:

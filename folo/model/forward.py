@@ -16,6 +16,7 @@ from folo.inputs import Inputs
 from folo.model.config import DecoderConfig
 from folo.model.params import Layer, Linear, Params
 from folo.ops import reference
+from folo.ops.attention import BACKENDS, attention_backend
 from folo.ops.packed import Packed
 
 # attend(layer, qkv [T, (Hq + 2 Hkv) E], angles [T, E]) -> [T, Hq E]
@@ -85,6 +86,7 @@ def logits(params: Params, hidden: Tensor, op: Any = ops) -> Tensor:
 
 def layer_in_heap(
     config: DecoderConfig,
+    attention: str,
     layer: Layer,
     next_norm: Tensor,
     x: Tensor,
@@ -99,13 +101,13 @@ def layer_in_heap(
 ) -> tuple[Tensor, Tensor]:
     """`decoder_layer` over the heap: write this step's K and V, then attend to the whole context.
 
-    k and v `[num_blocks, block_size, Hkv, E]` are written in place, at `slots` only. The unit that
-    is compiled: one graph serves all layers.
+    k and v `[num_blocks, block_size, Hkv, E]` are written in place, at `slots` only. attention: one of
+    `folo.ops.attention.BACKENDS`. The unit that is compiled: one graph serves all layers.
     """
     eps, scale = config.rms_norm_eps, config.head_dim**-0.5
     where = slots, block_tables, query_start, seq_lens
     weights = layer.qkv.weight, layer.out.weight, layer.gate_up.weight, layer.down.weight
-    if _all_packed(weights):
+    if _all_packed(weights) and attention == "cpu":
         qkv, out, gate_up, down = (weight.data for weight in weights)
         return ops.decoder_layer(
             *(x, residual, angles, qkv, layer.qkv.bias, layer.q_norm, layer.k_norm, out, layer.out.bias),
@@ -115,7 +117,7 @@ def layer_in_heap(
 
     def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
         q = ops.qk_norm_rope_write(qkv, angles, layer.q_norm, layer.k_norm, eps, k, v, slots)
-        return ops.paged_attention(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1)
+        return BACKENDS[attention].op(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1)
 
     return decoder_layer(attend, layer, next_norm, x, residual, angles, eps)
 
@@ -125,13 +127,18 @@ def _all_packed(weights: tuple[Tensor | Packed, ...]) -> TypeGuard[tuple[Packed,
 
 
 def hidden_in_heap(
-    params: Params, k: Tensor, v: Tensor, inputs: Inputs, layer_function: Any = layer_in_heap
+    params: Params,
+    k: Tensor,
+    v: Tensor,
+    inputs: Inputs,
+    attention: str,
+    layer_function: Any = layer_in_heap,
 ) -> Tensor:
     """`hidden_states` of a step's tokens over a heap of k and v `[L, num_blocks, block_size, Hkv, E]`."""
     where = inputs.slots, inputs.block_tables, inputs.query_start, inputs.seq_lens
 
     def run_layer(index: int, *args: Any) -> tuple[Tensor, Tensor]:
-        return layer_function(params.config, *args, k[index], v[index], *where)
+        return layer_function(params.config, attention, *args, k[index], v[index], *where)
 
     return hidden_states(params, inputs.token_ids, inputs.positions, run_layer)
 
@@ -177,7 +184,8 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
         return logits(params, hidden, reference)
     shape = (2, config.num_layers, *blocks)
     k, v = torch.zeros(shape, dtype=params.dtype, device=params.device)
-    return logits(params, hidden_in_heap(params, k, v, inputs))
+    attention = attention_backend("auto", params.device, params.dtype, _BLOCK)
+    return logits(params, hidden_in_heap(params, k, v, inputs, attention))
 
 
 def _one_sequence(token_ids: Tensor) -> Inputs:

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from folo.config import CacheConfig, SchedulerConfig
 from folo.errors import ConfigError, RequestError
+from folo.ops.attention import attention_backend
 from folo.request import Request
 from folo.state.heap import KVHeap
 from folo.state.map import Map
@@ -66,6 +67,7 @@ class EngineState:
     params: Params
     heap: KVHeap
     tokenizer: Any
+    attention: str
     flight: Flight | None = None
 
     def rank(self, sequence: Sequence) -> tuple[int, int, int]:
@@ -94,19 +96,28 @@ def init(
     scheduler: SchedulerConfig | None = None,
     tokenizer: Any = None,
     seed: int = 0,
+    attention: str = "auto",
+    deterministic: bool = True,
 ) -> EngineState:
     """An empty state over a new KV heap on the parameters' device.
 
-    tokenizer: needed for stop strings and for text in the outputs.
+    Args:
+        tokenizer: needed for stop strings and for text in the outputs.
+        seed: the engine seed, from which requests without a seed of their own get theirs.
+        attention: who computes attention: "auto" (folo's kernels), "triton", "cpu", "torch" (its
+            varlen_attn), "flash_attn" or "reference"; see `folo.ops.attention`.
+        deterministic: refuse an attention backend that is not known to keep a request's bits
+            independent of what else runs.
 
     Raises:
         ConfigError: the seed is out of range; the heap would hold no block; max_model_len exceeds the
-            model or the heap.
+            model or the heap; the attention backend cannot be had.
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ConfigError(f"seed={seed!r}: expected an int in [0, 2**64)")
     cache = CacheConfig() if cache is None else cache
     scheduler = SchedulerConfig() if scheduler is None else scheduler
+    backend = attention_backend(attention, params.device, params.dtype, cache.block_size, deterministic)
     config = params.config
     block_bytes = 2 * config.num_layers * cache.block_size * config.num_kv_heads * config.head_dim
     block_bytes *= params.dtype.itemsize
@@ -138,6 +149,7 @@ def init(
         params=params,
         heap=KVHeap(shape, params.dtype, params.device),
         tokenizer=tokenizer,
+        attention=backend,
     )
 
 

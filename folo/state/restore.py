@@ -65,7 +65,10 @@ def restore(
             f"block_size={cache.block_size}, but the K and V of {path} lie in blocks of {saved.block_size}; "
             f"keep that, or give recompute=True"
         )
-    state = init(params, cache, scheduler, tokenizer, document["seed"])
+    # The backend that it was made with: whoever chose it then did so knowing what it keeps.
+    attention = "auto" if recompute else metadata.get("attention", "auto")
+    seed = document["seed"]
+    state = init(params, cache, scheduler, tokenizer, seed, attention, deterministic=False)
     tokens = _lists(tensors, "tokens", "token_start")
     numbers = _lists(tensors, "tables", "table_start")
     blocks = _stand_ins(tensors, state.cache.enable_prefix_caching)

@@ -13,8 +13,8 @@ Format: https://huggingface.co/docs/safetensors. Tensors, with L layers, n block
     cached_parent   int32[c], the predecessor's place in `cached`, -1 for none
     document        uint8, the rest as JSON (`folo.state.document`)
 
-Metadata: format, version, params (fingerprint), dtype, what decided the bits (`folo.ops.arithmetic`),
-and a SHA-256 over all of it.
+Metadata: format, version, params (fingerprint), dtype, what decided the bits (the attention backend,
+`folo.ops.arithmetic`), and a SHA-256 over all of it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def save(state: EngineState, path: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "params": state.params.fingerprint,
         "dtype": str(state.params.dtype).removeprefix("torch."),
+        "attention": state.attention,
         **arithmetic(state.params.device),
     }
     metadata["sha256"] = checksum(metadata, tensors)

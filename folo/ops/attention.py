@@ -1,0 +1,148 @@
+"""Who computes attention: folo's kernels, plain torch, or another library's flash attention.
+
+All take what `folo.ops.reference.paged_attention` takes. A state has one backend for all its life: it decides
+bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from folo.errors import ConfigError
+from folo.ops.library import paged_attention
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute attention, and what it asks for.
+
+    lacks: why it cannot be had on a device with a dtype, or None. breaks: the promise that it is not known to
+    keep. pages: what block sizes have to be a multiple of.
+    """
+
+    op: Attention
+    lacks: Callable[[torch.device, torch.dtype], str | None]
+    breaks: str | None = None
+    pages: int = 1
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, block_tables: Tensor, query_start: Tensor, seq_lens: Tensor, scale: float
+) -> Tensor:
+    """torch's, without split-KV: where that splits depends on the longest sequence of a batch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = block_tables.shape[1] * k.shape[1]  # bounds that need no look at the device
+    call: Any = varlen_attn  # whose parameters depend on the version
+    return call(
+        *(q, k, v, query_start, None, q.shape[0], longest),
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=True,
+        seqused_k=seq_lens,
+        block_table=block_tables,
+        num_splits=1,
+    )
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, block_tables: Tensor, query_start: Tensor, seq_lens: Tensor, scale: float
+) -> Tensor:
+    """flash-attn's decoding kernel, to which each row is a sequence of its own: a prefill is slow."""
+    from flash_attn import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
+
+    row = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)
+    sequence = torch.searchsorted(query_start[1:], row, right=True).clamp(max=len(seq_lens) - 1)
+    behind = query_start[sequence + 1] - row  # how many rows of the sequence come from here on
+    context = (seq_lens[sequence] - behind + 1).clamp(min=0).int()
+    out = flash_attn_with_kvcache(
+        q[:, None],
+        k,
+        v,
+        cache_seqlens=context,
+        block_table=block_tables[sequence],
+        softmax_scale=scale,
+        causal=True,
+        num_splits=1,
+    )
+    return out[:, 0]
+
+
+def _on(kind: str) -> Callable[[torch.device, torch.dtype], str | None]:
+    return lambda device, dtype: None if device.type == kind else f"runs on {kind} devices, this is {device}"
+
+
+def _half(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"computes in float16 and bfloat16, this is {str(dtype).removeprefix('torch.')}"
+    return _on("cuda")(device, dtype)
+
+
+def _lacks_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton: pip install triton"
+    return _on("cuda")(device, dtype)
+
+
+def _lacks_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
+    from torch.nn.attention import varlen
+
+    parameters = inspect.signature(varlen.varlen_attn).parameters
+    if needed := {"block_table", "num_splits", "seqused_k"} - parameters.keys():
+        return (
+            f"needs a varlen_attn with {', '.join(sorted(needed))}, unlike that of torch {torch.__version__}"
+        )
+    return _half(device, dtype)
+
+
+def _lacks_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "needs the package flash-attn: pip install flash-attn"
+    return _half(device, dtype)
+
+
+_UNPROVEN = "that a row's bits do not depend on what else is computed is not shown for it"
+
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(paged_attention, _on("cpu")),
+    "triton": Backend(paged_attention, _lacks_triton),
+    "torch": Backend(_varlen, _lacks_varlen, _UNPROVEN, pages=256),
+    "flash_attn": Backend(_flash, _lacks_flash, _UNPROVEN, pages=256),
+    "reference": Backend(torch.ops.folo_reference.paged_attention.default, lambda device, dtype: None),
+}
+"""By the name that `attention=` takes; besides these there is "auto"."""
+
+
+def attention_backend(
+    name: str, device: torch.device, dtype: torch.dtype, block_size: int, deterministic: bool = True
+) -> str:
+    """The backend that `attention=name` stands for.
+
+    "auto" is folo's own: "triton" on CUDA, "cpu" on a CPU; "reference" where there is neither.
+
+    Raises:
+        ConfigError: an unknown name; one that cannot be had here or for this block size; with
+            `deterministic`, one that is not known to keep folo's promise of invariance.
+    """
+    if name == "auto":
+        own = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
+        return own if BACKENDS[own].lacks(device, dtype) is None else "reference"
+    backend = BACKENDS.get(name)
+    if backend is None:
+        raise ConfigError(f"attention={name!r}: expected one of {('auto', *BACKENDS)}")
+    if (lack := backend.lacks(device, dtype)) is not None:
+        raise ConfigError(f'attention={name!r} {lack}; attention="auto" takes what there is')
+    if block_size % backend.pages:
+        raise ConfigError(f"attention={name!r} needs a block_size of {backend.pages}, not {block_size}")
+    if deterministic and backend.breaks is not None:
+        raise ConfigError(f"attention={name!r}: {backend.breaks}; deterministic=False takes it all the same")
+    return name
