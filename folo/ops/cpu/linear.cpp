@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -110,6 +111,14 @@ void write_tile(const Linear& a, const Out<T>& out, int64_t row, int64_t tile, c
   write(out.of(row, tile), sums, bias, int(std::min<int64_t>(kTile, a.n - column)));
 }
 
+// A caller's x is aligned to its elements, not to pairs of them.
+template <typename X>
+X read(const X* at) {
+  X x;
+  std::memcpy(&x, at, sizeof x);
+  return x;
+}
+
 // R rows times C tiles.
 template <typename P, int R, int C>
 void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, int64_t tile,
@@ -127,7 +136,7 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
     for (int v = 0; v < V; ++v)
       columns[v] = P::columns(w + ((v / kVectors) * depth + k) * kTile + (v % kVectors) * kLanes);
     for (int r = 0; r < R; ++r) {
-      auto x = P::row(rows[r][k]);
+      auto x = P::row(read(rows[r] + k));
       for (int v = 0; v < V; ++v) sums[r][v] = P::step(sums[r][v], columns[v], x);
     }
   }
