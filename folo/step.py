@@ -84,8 +84,13 @@ def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
     return cudagraph
 
 
+def launched(layer_function: Any) -> Step:
+    """`folo.step` that does not wait for its tokens; see `compile`."""
+    return partial(_step, _compiled(_eager(layer_function)), False)
+
+
 def replayed(recorder: Recorder, layer_function: Any) -> Step:
-    """`folo.step` over graphs that `recorder` captures, not waiting for the tokens; see `compile`."""
+    """`launched`, over graphs that `recorder` captures."""
     return partial(_step, _compiled(_graphed(Graphs(recorder, layer_function), layer_function)), False)
 
 
@@ -128,7 +133,7 @@ def _step(
     sampled = run(params, prepared)
     if wait and not batch.foreseen:
         return epilogue(prepared, sampled)
-    before, flight = batch.state, _launched(prepared, sampled)
+    before, flight = batch.state, _flight_of(prepared, sampled)
     if batch.foreseen:  # only now, with this step under way, does anyone wait for the one before
         before = landed(state)
         flight = flight.seen_from(before)
@@ -148,7 +153,7 @@ def epilogue(prepared: Prepared, sampled: Items[device.Sampled]) -> tuple[Engine
     return advance(prepared.state, prepared.bound, prepared.rows, results), tokens_of(prepared.rows, results)
 
 
-def _launched(prepared: Prepared, sampled: list[device.Sampled]) -> Flight:
+def _flight_of(prepared: Prepared, sampled: list[device.Sampled]) -> Flight:
     rows, copied = prepared.rows, download(sampled)
     ids = torch.cat([tile.ids for tile in sampled]) if sampled else torch.empty(0, dtype=torch.int64)
     return Flight(prepared.bound, rows, ids, list(range(len(rows))), lambda: results_of(copied(), rows))

@@ -32,6 +32,7 @@ _UNITS = {
     "mixed": "output tokens/s",
     "prefix": "s",
     "prefill": "prompt tokens/s",
+    "nano": "output tokens/s",
 }
 
 
@@ -168,7 +169,7 @@ def register(commands: Any) -> None:
         nargs="+",
         choices=WORKLOADS,
         metavar="NAME",
-        help=f"of {', '.join(WORKLOADS)} (default: all that the peer has)",
+        help=f"of {', '.join(WORKLOADS)} (default: all that the peer has, but for nano)",
     )
     parser.add_argument("--pairs", type=report.positive, default=_PAIRS, metavar="N")
     parser.add_argument(
@@ -182,37 +183,50 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    peer = peers.PEERS[args.peer]
+    own = [name for name in peer.workloads if name != "nano"]  # which is for GPUs
+    names = [name for name in args.workloads or own if name in peer.workloads]
+    if missing := set(args.workloads or ()) - set(names):
+        raise PeerError(f"{args.peer} does not run the workload {min(missing)}: leave it out")
+    against(args.peer, args.peer_python, names, args.pairs, args.checkpoint, args)
+
+
+def against(
+    peer_name: str, python: str, names: list[str], pairs: int, kept: str | None, args: argparse.Namespace
+) -> None:
+    """Run workloads through folo and a peer, and report; `args` has the model's and the output's options."""
     import torch
     from tqdm import tqdm
 
     from folo.model.load import open_checkpoint
 
-    peer = peers.PEERS[args.peer]
-    names = [name for name in args.workloads or peer.workloads if name in peer.workloads]
-    if missing := set(args.workloads or ()) - set(names):
-        raise PeerError(f"{args.peer} does not run the workload {min(missing)}: leave it out")
-    with _checkpoint(args) as path, tempfile.TemporaryFile() as own_log, tempfile.TemporaryFile() as log:
+    peer = peers.PEERS[peer_name]
+    with (
+        _checkpoint(args, kept) as path,
+        tempfile.TemporaryFile() as own_log,
+        tempfile.TemporaryFile() as log,
+    ):
         checkpoint = open_checkpoint(path)
         config = checkpoint.config(checkpoint.stored_dtype)
         threads = torch.get_num_threads()
-        tqdm.write(f"starting {args.peer}", file=sys.stderr)
-        other = Worker(peer, args.peer_python, path, threads, log)
+        tqdm.write(f"starting {peer_name}", file=sys.stderr)
+        other = Worker(peer, python, path, threads, log)
         try:
             own = Worker(peers.OWN, sys.executable, path, threads, own_log)
             try:
-                comparisons = _compare(own, other, names, config.vocab_size, args.pairs)
+                comparisons = _compare(own, other, names, config.vocab_size, pairs)
             finally:
                 own.close()
         finally:
             other.close()
         versions = own.version, other.version
     print(f"{versions[0]} beside {versions[1]}, {config.architecture} in {config.dtype}, {threads} threads")
-    headers = ["workload", "unit", "folo", args.peer, "ratio", "ratio: range"]
+    headers = ["workload", "unit", "folo", peer_name, "ratio", "ratio: range"]
     print(report.table(headers, [comparison.cells() for comparison in comparisons]))
     if args.json:
         results = {
             "peer": other.version,
-            "model": str(args.shape or args.model or args.checkpoint or "default"),
+            "model": str(args.shape or args.model or kept or "default"),
             "workloads": [{**asdict(own), "unit": _UNITS[own.workload]} for own in comparisons],
         }
         report.write_json(args.json, "compare", results)
@@ -236,12 +250,12 @@ def _compare(own: Worker, other: Worker, names: list[str], vocab_size: int, pair
 
 
 @contextlib.contextmanager
-def _checkpoint(args: argparse.Namespace) -> Iterator[Path]:
+def _checkpoint(args: argparse.Namespace, kept: str | None) -> Iterator[Path]:
     """A directory that every engine can load."""
     from folo.model.export import export
 
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(args.checkpoint or temporary)
+        path = Path(kept or temporary)
         if not (path / "config.json").exists():
             export(report.model_of(args), path)
             if not args.shape:

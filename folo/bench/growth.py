@@ -57,7 +57,8 @@ def bound(params: folo.Params, batch: int, context: int, roof: Roofline) -> floa
     return linear + roof.seconds(batch * context * kv, batch * attention)
 
 
-def measure(params: folo.Params, batch: int, context: int, roof: Roofline, steps: int = _STEPS) -> Point:
+def decoding(params: folo.Params, batch: int, context: int, steps: int) -> folo.EngineState:
+    """A state in which `batch` sequences of about `context` tokens decode, for `steps` steps at least."""
     import folo
     from folo.bench.workloads import random_ids
 
@@ -76,7 +77,13 @@ def measure(params: folo.Params, batch: int, context: int, roof: Roofline, steps
     while state.waiting or any(sequence.remaining > 1 for sequence in state.running):
         state = host.step(state)
         assert state is not None
-    times = []
+    return state
+
+
+def measure(params: folo.Params, batch: int, context: int, roof: Roofline, steps: int = _STEPS) -> Point:
+    import folo
+
+    state, times = decoding(params, batch, context, steps), list[float]()
     for _ in range(1 + steps):  # the first warms up
         ready = folo.schedule(state)
         assert ready is not None

@@ -134,10 +134,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def model_of(args: argparse.Namespace) -> Params:
     """The model that the options of `add_model_options` name."""
+    import torch
+
     import folo
     from folo.bench.workloads import QWEN3_600M, random_model
 
-    return random_model(QWEN3_600M) if args.shape else folo.load(args.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return random_model(QWEN3_600M, device=device) if args.shape else folo.load(args.model)
 
 
 def positive(text: str) -> int:

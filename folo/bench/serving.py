@@ -8,6 +8,8 @@ runs them does the same work: one request of 128 in, 128 out (latency); 32 of th
 from __future__ import annotations
 
 import argparse
+import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     import folo
 
 REPEATS = 5
-WORKLOADS = ("latency", "throughput", "mixed", "prefix", "prefill")
+WORKLOADS = ("latency", "throughput", "mixed", "prefix", "prefill", "nano")
 _IDS = (100, 40_000)  # token ids are drawn from here, or from where the vocabulary ends: none is special
 _BLOCK_SIZE = 16
 
@@ -47,6 +49,10 @@ def workload(name: str, vocab_size: int) -> Prompts:
     if name == "prefix":
         shared = ids(512)
         return [(shared + ids(32), 32) for _ in range(32)]
+    if name == "nano":  # nano-vllm's benchmark, of its seed and lengths
+        chance, most = random.Random(0), min(10_000, vocab_size - 1)
+        given = [[chance.randint(0, most) for _ in range(chance.randint(100, 1024))] for _ in range(256)]
+        return [(ids, chance.randint(100, 1024)) for ids in given]
     assert name == "prefill", name
     return [(ids(2048), 1)]
 
@@ -77,12 +83,20 @@ class Run:
         return self.num_prompt / self.first_token
 
 
-def serve(params: folo.Params, prompts: Prompts, step: folo.Step) -> Run:
-    """Run a workload on a new state."""
+def empty(params: folo.Params, prompts: Prompts) -> folo.EngineState:
+    """A state with room for a workload. All runs may begin from one: it stays empty, its cache too."""
     import folo
 
     num_blocks = sum(-(-(len(ids) + wanted) // _BLOCK_SIZE) for ids, wanted in prompts)
-    state = folo.init(params, folo.CacheConfig(_BLOCK_SIZE, num_blocks))
+    tokens = 8192 if params.device.type == "cuda" else 2048  # of a step
+    scheduler = folo.SchedulerConfig(max_num_batched_tokens=tokens)
+    return folo.init(params, folo.CacheConfig(_BLOCK_SIZE, num_blocks), scheduler)
+
+
+def serve(params: folo.Params, state: folo.EngineState, prompts: Prompts, step: folo.Step) -> Run:
+    """Run a workload on an `empty` state."""
+    import folo
+
     steps: list[tuple[float, int]] = []
     begin, first = time.perf_counter(), 0.0
     for number, (ids, wanted) in enumerate(prompts):
@@ -91,13 +105,15 @@ def serve(params: folo.Params, prompts: Prompts, step: folo.Step) -> Run:
     before = begin
     while (batch := folo.schedule(state)) is not None:
         state, tokens = step(params, state, batch)
-        now = time.perf_counter()
         if not first and tokens.request_ids:
-            first = now - begin
+            tokens.ids.tolist()  # which waits for them, should the step be in flight
+            first = time.perf_counter() - begin
+        now = time.perf_counter()
         steps.append((now - before, batch.num_tokens))
         before = now
+    end = time.perf_counter()  # nothing is in flight any more
     num_prompt, num_output = (sum(column) for column in zip(*[(len(i), n) for i, n in prompts], strict=True))
-    return Run(before - begin, first, tuple(steps), num_prompt, num_output)
+    return Run(end - begin, first, tuple(steps), num_prompt, num_output)
 
 
 # What each benchmark shows of its workloads: heading, and the number in a run.
@@ -153,6 +169,13 @@ def register(commands: Any) -> None:
         parser = commands.add_parser(name, help=text, description=f"Serve {text}.", allow_abbrev=False)
         report.add_model_options(parser)
         parser.add_argument("--mode", default="auto", help="as folo.compile takes it (default: %(default)s)")
+        if name == "throughput":
+            parser.add_argument(
+                "--workload",
+                choices=("nano",),
+                help="instead: 256 requests of 100 to 1,024 tokens in and out, also through transformers' "
+                "continuous batching (as folo bench compare does it)",
+            )
         parser.add_argument("--repeats", type=report.positive, default=REPEATS, metavar="N")
         report.add_output_options(parser, plot=True)
         parser.set_defaults(run=partial(_run, name))
@@ -163,15 +186,20 @@ def _run(name: str, args: argparse.Namespace) -> None:
 
     import folo
 
+    if getattr(args, "workload", None):
+        from folo.bench import compare
+
+        compare.against("transformers", sys.executable, [args.workload], args.repeats, None, args)
+        return
     params = report.model_of(args)
     step = folo.compile(folo.step, mode=args.mode)
     runs: dict[str, list[Run]] = {}
     with tqdm(total=len(_WORKLOADS[name]) * (1 + args.repeats), desc=name.capitalize(), unit="run") as bar:
         for workload_name in _WORKLOADS[name]:
             prompts = workload(workload_name, params.config.vocab_size)
-            runs[workload_name] = []
+            runs[workload_name], state = [], empty(params, prompts)
             for number in range(1 + args.repeats):
-                run = serve(params, prompts, step)
+                run = serve(params, state, prompts, step)
                 runs[workload_name] += [run] if number else []  # the first one warms up
                 bar.update()
     print(report.table(*_table(name, runs)))

@@ -173,8 +173,8 @@ QWEN3_600M = DecoderConfig(
 class _RandomWeights:
     """A checkpoint of normal weights and of norms that are 1."""
 
-    def __init__(self, seed: int) -> None:
-        self._numbers = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._numbers = torch.Generator(device).manual_seed(seed)
 
     def read(self, name: str, out: Tensor) -> None:
         if out.ndim == 1:
@@ -183,6 +183,7 @@ class _RandomWeights:
             out.normal_(0, out.shape[1] ** -0.5, generator=self._numbers)
 
 
-def random_model(config: DecoderConfig, seed: int = 0) -> Params:
-    """A decoder of random weights on the CPU, packed: for what they cost, not what they say."""
-    return assemble(_RandomWeights(seed), config, torch.device("cpu"), pack=True, use_tqdm=False)
+def random_model(config: DecoderConfig, seed: int = 0, device: torch.device | str = "cpu") -> Params:
+    """A decoder of random weights, packed where there is a layout: for what they cost, not what they say."""
+    device = torch.device(device)
+    return assemble(_RandomWeights(seed, device), config, device, pack=True, use_tqdm=False)

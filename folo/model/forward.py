@@ -41,7 +41,7 @@ def hidden_states(
     `run_layer` is `decoder_layer` from its second argument on, given the layer's number first. `op`
     holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
     """
-    angles = op.rope_angles(positions, _inv_freq(params.config, params.dtype, params.device))
+    angles = op.rope_angles(positions, params.inv_freq)
     embed = params.embed
     residual = embed.rows(token_ids) if isinstance(embed, Packed) else embed[token_ids]
     x = op.rms_norm(residual, params.layers[0].input_norm, params.config.rms_norm_eps)
@@ -66,15 +66,6 @@ def decoder_layer(
     x, residual = op.add_rms_norm(_linear(x, layer.out, op), residual, layer.post_norm, eps)
     x = _linear(op.gated_linear(x, layer.gate_up.weight, layer.gate_up.bias), layer.down, op)
     return op.add_rms_norm(x, residual, next_norm, eps)
-
-
-@torch.compiler.assume_constant_result
-def _inv_freq(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Rotary frequencies, as a constant to a compiler: computed by its own code, they would round otherwise.
-
-    Whatever is compiled with them is guarded by the identity of `config`.
-    """
-    return config.inv_freq().to(device, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def logits(params: Params, hidden: Tensor, op: Any = ops) -> Tensor:

@@ -74,6 +74,12 @@ class Params:
             digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @cached_property
+    def inv_freq(self) -> Tensor:
+        """Rotary frequencies, float32 (float64 for float64 weights) `[E/2]`, on the weights' device."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self.config.inv_freq().to(self.device, wide)
+
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(weight.shape) for weight in _weights(self))

@@ -6,7 +6,7 @@ import importlib
 import time
 from typing import Any
 
-_BLOCKS, _BATCH_TOKENS = 1024, 1024  # of continuous batching, whose own choice is made for GPUs
+_BLOCKS, _BATCH_TOKENS = 1024, 1024  # of continuous batching on a CPU: its own choice is made for GPUs
 
 
 class _Transformers:
@@ -14,9 +14,11 @@ class _Transformers:
         self._torch: Any = importlib.import_module("torch")
         self._library: Any = importlib.import_module("transformers")
         self._torch.set_num_threads(threads)
-        self._model = self._library.AutoModelForCausalLM.from_pretrained(
+        self._device = "cuda" if self._torch.cuda.is_available() else "cpu"
+        model = self._library.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype="auto", attn_implementation="sdpa"
-        ).eval()
+        )
+        self._model = model.to(self._device).eval()
         self._model.generation_config.eos_token_id = None
         self._manager: Any = None
         self.version = f"transformers {self._library.__version__}, torch {self._torch.__version__}"
@@ -26,7 +28,8 @@ class _Transformers:
         return self._generate(prompts) if len(lengths) == 1 else self._batched(prompts)
 
     def _generate(self, prompts: Any) -> tuple[float, float, float]:
-        ids, wanted = self._torch.tensor([ids for ids, _ in prompts]), prompts[0][1]
+        ids = self._torch.tensor([ids for ids, _ in prompts], device=self._device)
+        wanted = prompts[0][1]
         clock = _Clock()
         begin = time.perf_counter()
         with self._torch.inference_mode():
@@ -53,9 +56,7 @@ class _Transformers:
                     eos_token_id=-1,
                     pad_token_id=0,
                 ),
-                continuous_batching_config=self._library.ContinuousBatchingConfig(
-                    num_blocks=_BLOCKS, max_batch_tokens=_BATCH_TOKENS
-                ),
+                continuous_batching_config=self._library.ContinuousBatchingConfig(**self._limits()),
             )
             self._manager.start()
         begin = time.perf_counter()
@@ -71,6 +72,9 @@ class _Transformers:
         total = time.perf_counter() - begin
         assert tokens == sum(wanted for _, wanted in prompts)
         return total, total, total
+
+    def _limits(self) -> dict[str, int]:
+        return {} if self._device == "cuda" else {"num_blocks": _BLOCKS, "max_batch_tokens": _BATCH_TOKENS}
 
 
 class _Clock:

@@ -1,0 +1,284 @@
+"""`folo bench graph`: a decode step run eagerly, compiled, and replayed as a CUDA graph.
+
+For batches of 1 to 256 sequences and contexts of 128 to 8k tokens, on one model: the time from one step to
+the next while steps follow each other (p50 and p99, by the device's clock), what the host spends on one when
+the device waits for nothing, how many launches it makes, what capturing took, and the share of the floor:
+the time that reading the weights and the context once takes, at the rate that the same run measured for
+copying. Steps do not wait for their tokens in any of the three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from folo.bench import report
+
+if TYPE_CHECKING:
+    import torch
+
+    import folo
+    from folo.graph import Recorder
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)
+MODES = ("eager", "inductor", "graph")
+_STEPS, _WARM = 60, 4
+_MOST = 0.6  # of the device's memory: cells beyond it do not fit
+_COPIED = 1 << 30  # bytes
+_LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One mode at one size. Seconds, except where named otherwise; None: it was not measured."""
+
+    mode: str
+    batch: int
+    context: int
+    p50: float
+    p99: float
+    host: float
+    launches: int | None  # of kernels and graphs, in one step
+    capture: float  # the first step, in which graphs are captured and kernels compiled
+    capture_bytes: int | None
+    floor: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.batch / self.p50
+
+    @property
+    def share(self) -> float:
+        """Of the floor reached."""
+        return self.floor / self.p50
+
+
+class Clock:
+    """Marks in the work of a device, and the seconds between them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        import torch
+
+        if self._cuda:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
+
+    def between(self) -> list[float]:
+        """Seconds from each mark to the next."""
+        self.wait()
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        return [1e-3 * a.elapsed_time(b) if self._cuda else b - a for a, b in pairs]
+
+    def wait(self) -> None:
+        import torch
+
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    import torch
+
+    source = torch.ones(_COPIED // 8, dtype=torch.int64, device=device)
+    target, clock = torch.empty_like(source), Clock(device)
+    for _ in range(6):
+        clock.mark()
+        target.copy_(source)
+    return 2 * _COPIED / min(clock.between()[1:])
+
+
+def read_bytes(params: folo.Params, batch: int, context: int) -> int:
+    """What a decode step has to read: the weights, once, and K and V of every sequence."""
+    config = params.config
+    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * params.dtype.itemsize
+    return params.num_bytes + batch * context * kv
+
+
+def steps_of(mode: str, recorder: Recorder | None) -> folo.Step:
+    """The step of a mode; recorder: what captures the graphs."""
+    import torch
+
+    from folo.graph import CudaGraphs
+    from folo.model.forward import layer_in_heap
+    from folo.step import launched, replayed
+
+    if mode == "eager":
+        return launched(layer_in_heap)
+    layer = torch.compile(layer_in_heap, fullgraph=True, dynamic=True)
+    return launched(layer) if mode == "inductor" else replayed(recorder or CudaGraphs(), layer)
+
+
+def measure(
+    params: folo.Params, state: folo.EngineState, mode: str, context: int, rate: float, recorder: Any = None
+) -> Cell:
+    """Steps of one state, all of whose sequences decode; rate: bytes a second of the floor."""
+    import folo
+    from folo.state.flight import landed
+
+    step, clock, batch = steps_of(mode, recorder), Clock(params.device), len(state.running)
+    before, begin = _reserved(params.device), time.perf_counter()
+    state = _stepped(params, state, step)
+    clock.wait()
+    capture, taken = time.perf_counter() - begin, _reserved(params.device)
+    for _ in range(_WARM):
+        state = _stepped(params, state, step)
+    for _ in range(_STEPS):
+        clock.mark()
+        state = _stepped(params, state, step)
+    clock.mark()
+    times, host = sorted(clock.between()), list[float]()
+    for _ in range(_STEPS // 4):
+        state = landed(state)
+        clock.wait()
+        begin = time.perf_counter()
+        state = _stepped(params, state, step)
+        on_the_way = time.perf_counter() - begin
+        clock.wait()
+        begin = time.perf_counter()
+        folo.has_unfinished(state)  # lands it: the epilogue
+        host.append(on_the_way + time.perf_counter() - begin)
+    return Cell(
+        *(mode, batch, context, median(times), times[int(0.99 * len(times))], median(host)),
+        launches=_launches(lambda: _stepped(params, state, step)) if params.device.type == "cuda" else None,
+        capture=capture,
+        capture_bytes=None if before is None or taken is None else taken - before,
+        floor=read_bytes(params, batch, context) / rate,
+    )
+
+
+def _stepped(params: folo.Params, state: folo.EngineState, step: folo.Step) -> folo.EngineState:
+    import folo
+
+    batch = folo.schedule(state)
+    assert batch is not None
+    return step(params, state, batch)[0]
+
+
+def _reserved(device: torch.device) -> int | None:
+    import torch
+
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else None
+
+
+def _launches(run: Callable[[], object]) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        run()
+    return sum(event.name.startswith(_LAUNCHES) for event in found.events() or ())
+
+
+def fits(params: folo.Params, batch: int, context: int) -> bool:
+    """Whether the weights and the context take no more than `_MOST` of the device's memory."""
+    import torch
+
+    if params.device.type != "cuda":
+        return True
+    _, total = torch.cuda.mem_get_info(params.device)
+    return read_bytes(params, batch, context) < _MOST * total
+
+
+def measure_all(
+    params: folo.Params, sizes: Iterable[tuple[int, int]], each: Callable[[], object], recorder: Any = None
+) -> tuple[float, list[Cell], list[tuple[int, int]]]:
+    """The rate of copying, the cells, and the sizes that do not fit."""
+    from folo.bench.growth import decoding
+
+    rate, cells, large = copy_rate(params.device), list[Cell](), list[tuple[int, int]]()
+    for batch, context in sizes:
+        if not fits(params, batch, context):
+            large.append((batch, context))
+            each()
+            continue
+        state = decoding(params, batch, context, steps=2 * _STEPS)
+        cells += [measure(params, state, mode, context, rate, recorder) for mode in MODES]
+        each()
+    return rate, cells, large
+
+
+def table(cells: list[Cell]) -> str:
+    eager = {(c.batch, c.context): c.p50 for c in cells if c.mode == "eager"}
+    rows = [
+        [
+            *(c.batch, c.context, c.mode, f"{1e3 * c.p50:.3f}", f"{1e3 * c.p99:.3f}", f"{1e3 * c.host:.3f}"),
+            *("-" if c.launches is None else c.launches, f"{c.capture:.1f}"),
+            "-" if c.capture_bytes is None else f"{c.capture_bytes / 2**20:.0f}",
+            *(f"{c.rate:,.0f}", f"{100 * c.share:.0f} %", f"{eager[c.batch, c.context] / c.p50:.2f}"),
+        ]
+        for c in cells
+    ]
+    headers = ["batch", "context", "mode", "p50, ms", "p99, ms", "host, ms", "launches", "first, s", "MiB"]
+    return report.table([*headers, "tokens/s", "of the floor", "times eager"], rows)
+
+
+def plot(cells: list[Cell], path: str) -> None:
+    """p50 against the batch, a panel for each context."""
+    from matplotlib.figure import Figure
+
+    contexts = sorted({c.context for c in cells})
+    figure = Figure(figsize=(3.4 * len(contexts), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(contexts), squeeze=False)[0]
+    for axes, context in zip(panels, contexts, strict=True):
+        for mode, colour in zip(MODES, (report.ORANGE, report.GREEN, report.BLUE), strict=True):
+            own = [c for c in cells if (c.mode, c.context) == (mode, context)]
+            batches, times = [c.batch for c in own], [1e3 * c.p50 for c in own]
+            axes.plot(batches, times, "o-", color=colour, label=mode, markersize=3)
+        own = [c for c in cells if (c.mode, c.context) == ("graph", context)]
+        axes.plot([c.batch for c in own], [1e3 * c.floor for c in own], "--", color="black", label="floor")
+        axes.set(xscale="log", yscale="log", xlabel="batch", title=f"context {context}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("ms a decode step")
+    panels[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "graph",
+        help="a decode step eager, compiled and replayed as a CUDA graph",
+        description="Time decode steps run eagerly, compiled and replayed as CUDA graphs, for batches of 1 "
+        "to 256 and contexts of 128 to 8k tokens, beside the floor that reading memory sets.",
+        allow_abbrev=False,
+    )
+    report.add_model_options(parser)
+    for name, default in (("batches", BATCHES), ("contexts", CONTEXTS)):
+        parser.add_argument(f"--{name}", type=report.positive, nargs="+", default=default, metavar="N")
+    report.add_output_options(parser, plot=True)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from folo.errors import ConfigError
+
+    if not torch.cuda.is_available():
+        raise ConfigError("folo bench graph needs a CUDA device, and torch finds none")
+    params = report.model_of(args)
+    sizes = [(batch, context) for context in args.contexts for batch in args.batches]
+    with tqdm(total=len(sizes), desc="Graph", unit="size") as bar:
+        rate, cells, large = measure_all(params, sizes, bar.update)
+    print(table(cells))
+    for batch, context in large:
+        print(f"batch {batch} at context {context} does not fit into {100 * _MOST:.0f} % of the memory")
+    print(f"\ncopying: {rate / 1e9:,.0f} GB/s")
+    if args.json:
+        content = {"copy": rate, "cells": [asdict(cell) for cell in cells], "large": large}
+        report.write_json(args.json, "graph", content, params)
+    if args.plot:
+        plot(cells, args.plot)
+    report.print_files(args)
