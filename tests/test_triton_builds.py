@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -67,12 +68,16 @@ def compiled(build: Build, capability: int, folder: Path) -> Compiled:
     return Compiled(build, instructions, done.metadata.shared, stack)
 
 
+def distinct(builds: Iterable[Build]) -> list[Build]:
+    return list({repr(build): build for build in builds}.values())
+
+
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("module", sorted(set(cuda.KERNELS.values())))
 def test_builds_fit_the_machine_and_rows_meet_one_instruction(
     module: str, capability: int, tmp_path: Path
 ) -> None:
-    builds: list[Build] = list(import_module(f"folo.ops.cuda.{module}").builds())
+    builds = distinct(import_module(f"folo.ops.cuda.{module}").builds())
 
     def compile_one(build: Build) -> Compiled:
         return compiled(build, capability, tmp_path)

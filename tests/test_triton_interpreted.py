@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-TESTS = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+FOLDER = Path(__file__).parent / "interpreted"
 
 
-@pytest.mark.parametrize("tests", TESTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("tests", sorted(FOLDER.glob("test_*.py")), ids=lambda path: path.stem)
 def test_kernels_pass_their_tests_in_the_interpreter(tests: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--confcutdir={FOLDER}", str(tests)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -19,6 +19,7 @@ import torch
 from folo.ops import reference, sampler
 
 KERNELS = {
+    "linear": "linear",
     "rms_norm": "norm",
     "add_rms_norm": "norm",
     "silu_mul": "norm",
