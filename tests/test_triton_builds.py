@@ -50,8 +50,8 @@ def compiled(build: Build, capability: int, folder: Path) -> Compiled:
     assert set(signature) == set(build.signature) | set(constants)
     attributes: dict[Any, Any] = {
         (number,): [["tt.divisibility", 16]]
-        for number, kind in enumerate(signature.values())
-        if kind.startswith("*")
+        for number, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") and name not in kernel.function.do_not_specialize
     }
     done: Any = triton.compile(
         ASTSource(kernel.function, signature, constants, attributes),

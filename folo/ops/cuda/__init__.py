@@ -23,6 +23,7 @@ KERNELS = {
     "rms_norm": "norm",
     "add_rms_norm": "norm",
     "silu_mul": "norm",
+    "qk_norm_rope_write": "rope",
 }
 """The module that holds an op's kernel, as a function of the op's own name and arguments."""
 

@@ -4,7 +4,7 @@ Triton compiles a function anew for what its arguments happen to be: pointers at
 integers that are 1 or a multiple of 16. Another compilation lays a row out over threads in another way,
 so a row's sum could change with the number of rows, or with the row that a tensor begins at. Hence one
 compilation for each configuration and dtype: pointers are always aligned (`aligned`), and a kernel names
-all its integers in `do_not_specialize`.
+all its integers in `do_not_specialize`, with the pointers that may lie anywhere.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Kernel:
 class Build:
     """A kernel and the types of its arguments, as Triton spells them: `{"x": "*bf16", "m": "i32"}`.
 
-    An argument that is absent (None) has the type "constexpr". Pointers are to aligned memory. Builds with
-    one name in `serves` compute the same rows, whichever is chosen: the same bits, so the same instructions.
+    An argument that is absent (None) has the type "constexpr". Builds with one name in `serves` compute the
+    same rows, whichever is chosen: the same bits, so the same instructions.
     """
 
     kernel: Kernel
