@@ -1,8 +1,8 @@
 """The linear kernels, interpreted: what they compute, and that a row of it depends on that row alone.
 
 A tile's product is NumPy's here, whose order of summation may depend on the tile's height: rows are
-compared between counts that give tiles of one height. That heights make no difference on a GPU is held by
-the machine code, in tests/test_triton_builds.py.
+compared between tiles of one height. That heights make no difference on a GPU is held by the machine code,
+in tests/test_triton_builds.py.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tensors import DTYPES, check_rounded_once, random, same_bits
-from torch import Tensor
 
-from folo.ops.cuda.linear import linear, plan
+from folo.ops.cuda.linear import Plan, linear, plan
 
-LOW, HIGH = (1, 2, 16, 33, 64), (70, 130)
-"""Numbers of rows that share a tile's height, in the kernels for matrix instructions."""
+COUNTS = (1, 2, 16, 33, 64, 70)
+HEIGHTS = (64, 128)
+TILES = ((torch.float32, 32), *((torch.float16, height) for height in HEIGHTS))
 
 SHAPES = ((1, 16), (36, 130), (100, 320), (48, 64), (80, 1072))
 """[N, K] of weights: the last is cut into two splits, the shorter one with an edge."""
 
 
-def check_rows(x: Tensor, weight: Tensor, bias: Tensor | None, counts: tuple[int, ...]) -> None:
-    whole = linear(x[: max(counts)], weight, bias)
-    batches = [list(range(count)) for count in counts]
-    batches += [torch.randperm(max(counts)).tolist(), [max(counts) - 1] * min(counts)]
-    for rows in batches:
-        assert same_bits(linear(x[rows], weight, bias), whole[rows]), len(rows)
+def fix_tiling(monkeypatch: pytest.MonkeyPatch, height: int, side_by_side: bool) -> None:
+    """One height for any number of rows; what is not aligned has one in any case."""
+
+    def tiling(plan: Plan, m: int) -> tuple[int, bool]:
+        return (height, side_by_side and plan.splits > 1) if plan.aligned else (32, False)
+
+    monkeypatch.setattr(Plan, "tiling", tiling)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,25 +42,32 @@ def test_linear_rounds_once(n: int, k: int, biased: bool, dtype: torch.dtype) ->
         check_rounded_once(linear(x[:m], weight, bias), exact[:m])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "height"), TILES)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_rows_depend_on_themselves_alone(n: int, k: int, dtype: torch.dtype) -> None:
+def test_rows_depend_on_themselves_alone(
+    n: int, k: int, dtype: torch.dtype, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fix_tiling(monkeypatch, height, side_by_side=True)
     x, weight = random(130, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
     bias = random(n, dtype=dtype) if n % 3 else None
-    check_rows(x, weight, bias, LOW)
-    check_rows(x, weight, bias, HIGH)
+    whole = linear(x, weight, bias)
+    for rows in (*map(list, map(range, COUNTS)), torch.randperm(130).tolist(), [129] * 5):
+        assert same_bits(linear(x[rows], weight, bias), whole[rows]), len(rows)
 
 
-def test_splits_side_by_side_and_one_after_another_give_the_same_bits() -> None:
-    m, n, k = 900, 512, 1072
-    chosen = plan(n, k, torch.float16)
-    assert chosen.splits == 2
-    assert chosen.product(130)[1][1] == 2
-    assert chosen.product(m)[1][1] == 1
-    x, weight = random(m, k, dtype=torch.float16), random(n, k, dtype=torch.float16, seed=1)
-    bias = random(n, dtype=torch.float16)
-    assert same_bits(linear(x[:130], weight, bias), linear(x, weight, bias)[:130])
-    assert same_bits(linear(x[:70], weight), linear(x, weight)[:70])
+@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_splits_side_by_side_and_one_after_another_give_the_same_bits(
+    biased: bool, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, k = 272, 1072
+    x, weight = random(130, k, dtype=torch.float16), random(n, k, dtype=torch.float16, seed=1)
+    bias = random(n, dtype=torch.float16) if biased else None
+    assert plan(n, k, torch.float16).splits == 2
+    fix_tiling(monkeypatch, height, side_by_side=True)
+    expected = linear(x, weight, bias)
+    fix_tiling(monkeypatch, height, side_by_side=False)
+    assert same_bits(linear(x, weight, bias), expected)
 
 
 def test_a_wide_weight_is_multiplied_by_every_group_of_rows() -> None:

@@ -125,11 +125,23 @@ class Plan:
     splits: int
     chunk: int
 
+    @property
+    def columns(self) -> int:
+        """Tiles that stand side by side."""
+        return -(-self.n // self.block_n)
+
+    def tiling(self, m: int) -> tuple[int, bool]:
+        """For M rows: the height of a tile, and whether its splits are computed side by side."""
+        if not self.aligned:
+            return 32, False
+        # Short tiles are the more programs, of which few rows have too few; so are splits side by side.
+        tiles = -(-m // 64) * self.columns
+        short = m <= 64 or (self.splits > 1 and tiles < 2 * _FEW)
+        return 64 if short else 128, self.splits > 1 and short
+
     def product(self, m: int) -> tuple[Kernel, tuple[int, int]]:
         """The kernel for M rows, and its grid: tiles, and the splits that are computed side by side."""
-        height = 32 if not self.aligned else 64 if m <= 64 else 128
-        tiles = -(-m // height) * -(-self.n // self.block_n)
-        side_by_side = self.splits > 1 and tiles < _FEW
+        height, side_by_side = self.tiling(m)
         constants = {
             "BLOCK_M": height,
             "BLOCK_N": self.block_n,
@@ -140,7 +152,7 @@ class Plan:
         }
         stages = _STAGES[height, self.block_n] if self.aligned else 2
         kernel = Kernel(_product, constants, num_warps=max(4, height // 16), num_stages=stages)
-        return kernel, (tiles, self.splits if side_by_side else 1)
+        return kernel, (-(-m // height) * self.columns, self.splits if side_by_side else 1)
 
     def sum(self) -> Kernel:
         """The kernel that adds the sums of splits which were computed side by side."""
