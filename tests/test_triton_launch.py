@@ -12,6 +12,7 @@ import triton_source
 from torch import Tensor
 
 from folo.ops import cuda, reference
+from folo.ops.arithmetic import arithmetic
 from folo.ops.cuda.kernel import DTYPES, Kernel
 from folo.ops.cuda.linear import linear
 from folo.ops.cuda.norm import add_rms_norm, rms_norm, silu_mul
@@ -71,12 +72,22 @@ def test_whatever_is_launched_was_compiled_in_a_test(
 
 def test_without_triton_the_reference_runs_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "find_spec", lambda _: None)
-    cuda._has_triton.cache_clear()
+    cuda._ready.cache_clear()
     run, x, weight = cuda._implementation("rms_norm"), torch.ones(2, 4), torch.ones(4)
     with pytest.warns(RuntimeWarning, match="there is no triton"):
         assert torch.equal(run(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
     assert torch.equal(run(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
-    cuda._has_triton.cache_clear()
+    cuda._ready.cache_clear()
+
+
+def test_a_run_on_a_gpu_records_what_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    found = arithmetic(torch.device("cuda"))
+    assert found["backend"] == "triton"
+    assert found["instruction_set"] == "NVIDIA H200"
+    assert found["kernels"] == cuda.build_key()
+    monkeypatch.setattr(cuda, "version", lambda _: "another")
+    assert found["kernels"] != cuda.build_key()
 
 
 def test_float64_runs_as_the_reference() -> None:
