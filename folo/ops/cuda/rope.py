@@ -17,6 +17,13 @@ from folo.ops.cuda.kernel import DTYPES, Build, Kernel, aligned
 _HEADS = 8  # of a token, in one program
 
 
+@triton.jit
+def _gain(q_norm, k_norm, is_q, at, inside):
+    """The norm weights of each head `[HEADS, BLOCK]`."""
+    q, k = tl.load(q_norm + at, mask=inside, other=0.0), tl.load(k_norm + at, mask=inside, other=0.0)
+    return tl.where(is_q, q, k).to(tl.float32)
+
+
 @triton.jit(
     do_not_specialize=[
         "k_cache", "v_cache", "slots", "num_heads", "num_kv_heads", "half", "block_size",
@@ -45,10 +52,8 @@ def _qk_norm_rope_write(
     if q_norm is not None:
         mean = tl.div_rn(tl.sum(a * a + b * b, 1, keep_dims=True), (2 * half).to(tl.float32))
         scale = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-        gain_a = tl.where(is_q, tl.load(q_norm + at, inside), tl.load(k_norm + at, inside)).to(tl.float32)
-        gain_b = tl.where(is_q, tl.load(q_norm + half + at, inside), tl.load(k_norm + half + at, inside)).to(
-            tl.float32
-        )
+        gain_a = _gain(q_norm, k_norm, is_q, at, inside)
+        gain_b = _gain(q_norm + half, k_norm + half, is_q, at, inside)
         a = (a * scale * gain_a).to(first.dtype).to(tl.float32)
         b = (b * scale * gain_b).to(first.dtype).to(tl.float32)
     angle = angles + token * (2 * half) + at
@@ -71,8 +76,9 @@ def _qk_norm_rope_write(
 
 
 def _kernel(half: int) -> Kernel:
-    block = max(32, triton.next_power_of_2(half))
-    constants = {"HEADS": _HEADS, "BLOCK": block, "ALIGNED": half % 8 == 0}
+    vectors = half % 8 == 0
+    block = max(32 if vectors else 128, triton.next_power_of_2(half))
+    constants = {"HEADS": _HEADS, "BLOCK": block, "ALIGNED": vectors}
     return Kernel(_qk_norm_rope_write, constants, num_warps=4)
 
 
@@ -81,7 +87,7 @@ def builds() -> Iterator[Build]:
     strides = ("k_block", "k_offset", "k_head", "v_block", "v_offset", "v_head")
     for pointer in DTYPES.values():
         for norm in (pointer, "constexpr"):
-            for half in (32, 64, 128, 9, 36, 100):
+            for half in (32, 64, 128, 100):
                 types = dict.fromkeys(("qkv", "q", "k_cache", "v_cache"), pointer)
                 types |= {"q_norm": norm, "k_norm": norm, "angles": "*fp32", "slots": "*i64", "eps": "fp32"}
                 yield Build(_kernel(half), types | dict.fromkeys((*integers, *strides), "i32"))
