@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import triton_source
 from torch import Tensor
 
-from folo.ops import cuda, reference
+from folo.ops import cuda, reference, sampler
 from folo.ops.arithmetic import arithmetic
 from folo.ops.cuda.kernel import DTYPES, Kernel
 from folo.ops.cuda.linear import linear
@@ -82,12 +83,15 @@ def test_without_triton_the_reference_runs_and_says_so_once(monkeypatch: pytest.
 
 def test_a_run_on_a_gpu_records_what_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     found = arithmetic(torch.device("cuda"))
     assert found["backend"] == "triton"
     assert found["instruction_set"] == "NVIDIA H200"
     assert found["kernels"] == cuda.build_key()
     monkeypatch.setattr(cuda, "version", lambda _: "another")
     assert found["kernels"] != cuda.build_key()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert arithmetic(torch.device("cuda"))["backend"] == "reference"
 
 
 def test_float64_runs_as_the_reference() -> None:
@@ -95,7 +99,9 @@ def test_float64_runs_as_the_reference() -> None:
     assert torch.equal(cuda._implementation("rms_norm")(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
 
 
-def test_every_kernel_is_registered_for_cuda_tensors() -> None:
+def test_every_kernel_is_registered_for_cuda_tensors_and_called_as_its_reference() -> None:
     for name, module in cuda.KERNELS.items():
-        assert callable(getattr(import_module(f"folo.ops.cuda.{module}"), name))
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"folo::{name}", "CUDA"), name
+        oracle = getattr(reference if hasattr(reference, name) else sampler, name)
+        kernel = getattr(import_module(f"folo.ops.cuda.{module}"), name)
+        assert signature(kernel) == signature(oracle), name

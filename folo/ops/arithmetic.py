@@ -21,7 +21,7 @@ def arithmetic(device: torch.device) -> dict[str, str]:
 
 
 def _backend(device: torch.device) -> str:
-    if device.type == "cuda" and cuda.available():
+    if device.type == "cuda" and cuda.available(device):
         return "triton"
     kernels = device.type == "cpu" and cpu.instruction_set() != cpu.REFERENCE
     return "cpu" if kernels else cpu.REFERENCE

@@ -42,20 +42,28 @@ def _implementation(name: str) -> Callable[..., Any]:
     oracle = getattr(reference if hasattr(reference, name) else sampler, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if args[0].dtype == torch.float64 or not _ready():
+        if args[0].dtype == torch.float64 or not _ready(args[0].device):
             return oracle(*args, **kwargs)
         return getattr(import_module(f"folo.ops.cuda.{KERNELS[name]}"), name)(*args, **kwargs)
 
     return run
 
 
-def available() -> bool:
-    """Whether there is a Triton to compile the kernels."""
-    return find_spec("triton") is not None
+def available(device: torch.device) -> bool:
+    """Whether the kernels can run there."""
+    return _missing(device) is None
+
+
+def _missing(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "there is no triton (pip install triton)"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0"
+    return None
 
 
 def build_key() -> str:
-    """What the kernels are made of: their sources, and Triton. Only where there is one."""
+    """What the kernels are made of: their sources, and Triton. Only where they are `available`."""
     digest = sha256(version("triton").encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
@@ -63,12 +71,9 @@ def build_key() -> str:
 
 
 @functools.cache
-def _ready() -> bool:
-    """`available()`, with a warning, the first time, if it is not."""
-    if not available():
-        warnings.warn(
-            "folo runs its slow reference ops: there is no triton (pip install triton)",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return available()
+def _ready(device: torch.device) -> bool:
+    """`available`, with a warning, the first time, if they cannot."""
+    missing = _missing(device)
+    if missing is not None:
+        warnings.warn(f"folo runs its slow reference ops: {missing}", RuntimeWarning, stacklevel=3)
+    return missing is None

@@ -81,8 +81,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`."""
     x, width = aligned(x), x.shape[-1]
     out = torch.empty_like(x)
-    rows = x.numel() // width if width else 0
-    _norm_kernel(width).launch((rows,), x, None, aligned(weight), out, None, width, eps)
+    _norm_kernel(width).launch((x.numel() // width,), x, None, aligned(weight), out, None, width, eps)
     return out
 
 
