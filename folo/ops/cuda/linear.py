@@ -180,6 +180,7 @@ _WEIGHTS = (4096, 1024), (1024, 2048), (151936, 1024), (4096, 4096), (100, 130)
 
 
 def builds() -> Iterator[Build]:
+    """Every kernel of `linear`, for each kind of weight and of number of rows."""
     for dtype, pointer in DTYPES.items():
         for n, k in _WEIGHTS:
             chosen = plan(n, k, dtype)

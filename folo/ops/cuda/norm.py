@@ -67,6 +67,7 @@ def _gate_kernel(inner: int) -> Kernel:
 
 
 def builds() -> Iterator[Build]:
+    """Every kernel of the norms and of `silu_mul`, for each kind of width."""
     for pointer in DTYPES.values():
         arguments = dict.fromkeys(("x", "residual", "weight", "out", "total"), pointer)
         arguments |= {"width": "i32", "eps": "fp32"}

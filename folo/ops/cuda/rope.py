@@ -83,6 +83,7 @@ def _kernel(half: int) -> Kernel:
 
 
 def builds() -> Iterator[Build]:
+    """Every kernel of `qk_norm_rope_write`, for each kind of head."""
     integers = ("num_heads", "num_kv_heads", "half", "block_size")
     strides = ("k_block", "k_offset", "k_head", "v_block", "v_offset", "v_head")
     for pointer in DTYPES.values():
