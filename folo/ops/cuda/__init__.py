@@ -8,7 +8,6 @@ contract on every device: float64, and ops that torch does in as few passes with
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from hashlib import sha256
@@ -31,6 +30,8 @@ KERNELS = {
 }
 """The module that holds an op's kernel, as a function of the op's own name and arguments."""
 
+_TRITON = find_spec("triton") is not None
+
 
 def load(library: torch.library.Library) -> None:
     """Register the kernels for CUDA tensors with the library that defines the ops."""
@@ -42,7 +43,10 @@ def _implementation(name: str) -> Callable[..., Any]:
     oracle = getattr(reference if hasattr(reference, name) else sampler, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if args[0].dtype == torch.float64 or not _ready(args[0].device):
+        missing = _missing(args[0].device)
+        if missing is not None:
+            warnings.warn(f"folo runs its slow reference ops: {missing}", RuntimeWarning, stacklevel=2)
+        if missing is not None or args[0].dtype == torch.float64:
             return oracle(*args, **kwargs)
         return getattr(import_module(f"folo.ops.cuda.{KERNELS[name]}"), name)(*args, **kwargs)
 
@@ -55,7 +59,7 @@ def available(device: torch.device) -> bool:
 
 
 def _missing(device: torch.device) -> str | None:
-    if find_spec("triton") is None:
+    if not _TRITON:
         return "there is no triton (pip install triton)"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has a compute capability below 8.0"
@@ -68,12 +72,3 @@ def build_key() -> str:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
-
-
-@functools.cache
-def _ready(device: torch.device) -> bool:
-    """`available`, with a warning, the first time, if they cannot."""
-    missing = _missing(device)
-    if missing is not None:
-        warnings.warn(f"folo runs its slow reference ops: {missing}", RuntimeWarning, stacklevel=3)
-    return missing is None
