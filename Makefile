@@ -61,4 +61,5 @@ $(VENV)/.folo: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.folo
 	@echo "installing the tools for tests"
 	@$(PIP) install --editable ".[dev]"
+	@$(PIP) install --no-deps "triton==3.6.0"  # the CUDA kernels are compiled and interpreted without a GPU
 	@touch $@

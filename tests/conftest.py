@@ -13,6 +13,9 @@ from hypothesis import settings
 import folo
 from folo.ops import cpu
 
+# They need a process of their own: tests/test_triton_interpreted.py runs them.
+collect_ignore = ["interpreted"]
+
 # No test is timed: coverage, and a second test beside, make any deadline a matter of luck.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

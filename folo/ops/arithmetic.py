@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from folo.ops import cpu
+from folo.ops import cpu, cuda
 
 
 def arithmetic(device: torch.device) -> dict[str, str]:
@@ -15,10 +15,14 @@ def arithmetic(device: torch.device) -> dict[str, str]:
         "instruction_set": _instruction_set(device),
         "torch": torch.__version__,
     }
-    return {**found, "kernels": cpu.build_key()} if found["backend"] == "cpu" else found
+    keys = {"cpu": cpu.build_key, "triton": cuda.build_key}
+    key = keys.get(found["backend"])
+    return found if key is None else {**found, "kernels": key()}
 
 
 def _backend(device: torch.device) -> str:
+    if device.type == "cuda" and cuda.available(device):
+        return "triton"
     kernels = device.type == "cpu" and cpu.instruction_set() != cpu.REFERENCE
     return "cpu" if kernels else cpu.REFERENCE
 

@@ -1,7 +1,8 @@
 """Registration of the ops with torch.library: schema, implementations, shape function.
 
-Each op has the reference for all devices, and the CPU's kernels where they can be compiled. The
-reference alone is there too, as `folo_reference::*`: opaque to a compiler, like the op itself.
+Each op has the reference for all devices, the CPU's kernels where they can be compiled, and those of
+Triton for CUDA. The reference alone is there too, as `folo_reference::*`: opaque to a compiler, like the
+op itself.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folo.ops import cpu, reference, sampler
+from folo.ops import cpu, cuda, reference, sampler
 from folo.ops.memory import Arena
 from folo.ops.packed import DTYPES, Packed, pack
 
@@ -170,3 +171,4 @@ pick_logprobs = _op(
 )
 
 cpu.load()
+cuda.load(_LIBRARIES[1])

@@ -1,0 +1,83 @@
+"""Every Triton kernel in every configuration, compiled to machine code as on a GPU, without one.
+
+What can be read off the machine code is held here: that it exists, fits into shared memory, keeps its
+tiles in registers, and that kernels which may serve the same rows multiply with the same instructions.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+import triton_source
+from triton.backends.compiler import GPUTarget
+
+from folo.ops import cuda
+from folo.ops.cuda.kernel import Build
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes that a program may have, for the compute capabilities that folo compiles for (times ten)."""
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+MATRIX_INSTRUCTION = re.compile(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S+")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code of a build uses; `stack` is in bytes, of registers that were spilled."""
+
+    build: Build
+    instructions: frozenset[str]
+    shared: int
+    stack: int
+
+
+def compiled(build: Build, capability: int, folder: Path) -> Compiled:
+    done: Any = triton.compile(
+        triton_source.of_build(build),
+        target=GPUTarget("cuda", capability, 32),
+        options=triton_source.options(build.kernel),
+    )
+    cubin = folder / f"{done.hash}.cubin"
+    cubin.write_bytes(done.asm["cubin"])
+    usage = subprocess.run(
+        [CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    stack = sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    instructions = frozenset(MATRIX_INSTRUCTION.findall(done.asm["ptx"]))
+    return Compiled(build, instructions, done.metadata.shared, stack)
+
+
+def distinct(builds: Iterable[Build]) -> list[Build]:
+    return list({repr(build): build for build in builds}.values())
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("module", sorted(set(cuda.KERNELS.values())))
+def test_builds_fit_the_machine_and_rows_meet_one_instruction(
+    module: str, capability: int, tmp_path: Path
+) -> None:
+    builds = distinct(import_module(f"folo.ops.cuda.{module}").builds())
+
+    def compile_one(build: Build) -> Compiled:
+        return compiled(build, capability, tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(compile_one, builds))
+    instructions = defaultdict(set)
+    for one in done:
+        what = one.build.kernel.function.__name__, one.build.kernel, one.build.signature
+        assert one.shared <= SHARED_MEMORY[capability], what
+        assert one.stack == 0, what
+        if one.build.serves:
+            instructions[one.build.serves].add(one.instructions)
+    assert {name: found for name, found in instructions.items() if len(found) > 1} == {}
