@@ -23,6 +23,7 @@ from folo.ops import reference, sampler
 
 KERNELS = {
     "linear": "linear",
+    "paged_attention": "attention",
     "rms_norm": "norm",
     "add_rms_norm": "norm",
     "silu_mul": "norm",
