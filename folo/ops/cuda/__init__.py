@@ -28,6 +28,11 @@ KERNELS = {
     "add_rms_norm": "norm",
     "silu_mul": "norm",
     "qk_norm_rope_write": "rope",
+    "philox": "sampler",
+    "warp": "warp",
+    "draw": "sampler",
+    "log_softmax": "sampler",
+    "pick_logprobs": "sampler",
 }
 """The module that holds an op's kernel, as a function of the op's own name and arguments."""
 
