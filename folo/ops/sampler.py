@@ -14,6 +14,8 @@ R is the number of rows, V the vocabulary (at most 2^22, so that sums stay below
 its inputs, and none reads a tensor on the host.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

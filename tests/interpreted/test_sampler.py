@@ -60,8 +60,9 @@ def drawn(row: list[float], *u: float, greedy: bool = False) -> list[int]:
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_warp_keeps_what_the_reference_keeps(vocabulary: int, room: None) -> None:
-    logits, parameters = random_logits(vocabulary), columns(12, vocabulary)
-    assert same_bits(warp.warp(logits, *parameters), reference.warp(logits, *parameters))
+    logits, (temperature, min_p, top_k, top_p) = random_logits(vocabulary), columns(12, vocabulary)
+    got = warp.warp(logits, temperature, min_p, top_k, top_p)
+    assert same_bits(got, reference.warp(logits, temperature, min_p, top_k, top_p))
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
@@ -73,12 +74,13 @@ def test_warp_without_truncation_is_the_references(vocabulary: int) -> None:
 
 @pytest.mark.parametrize("vocabulary", [17, 9000])
 def test_rows_depend_on_themselves_alone(vocabulary: int, room: None) -> None:
-    logits, parameters = random_logits(vocabulary), columns(12, vocabulary)
+    logits, (temperature, min_p, top_k, top_p) = random_logits(vocabulary), columns(12, vocabulary)
     u, greedy = torch.rand(12, generator=torch.Generator().manual_seed(2)), torch.arange(12) % 4 == 0
-    warped = warp.warp(logits, *parameters)
+    warped = warp.warp(logits, temperature, min_p, top_k, top_p)
     ids, logprobs = sampler.draw(logits, greedy, u), sampler.log_softmax(logits)
     for rows in ([0], [11], [4, 4, 7], [11, 2, 0, 5, 8]):
-        assert same_bits(warp.warp(logits[rows], *(column[rows] for column in parameters)), warped[rows])
+        got = warp.warp(logits[rows], temperature[rows], min_p[rows], top_k[rows], top_p[rows])
+        assert same_bits(got, warped[rows])
         assert torch.equal(sampler.draw(logits[rows], greedy[rows], u[rows]), ids[rows])
         assert same_bits(sampler.log_softmax(logits[rows]), logprobs[rows])
 
@@ -115,8 +117,8 @@ def test_top_p_counts_what_top_k_and_min_p_left(room: None) -> None:
 @pytest.mark.parametrize("greedy", [True, False])
 def test_a_row_that_cannot_be_drawn_from_says_so(row: list[float], greedy: bool) -> None:
     assert drawn(row, 0.5, greedy=greedy) == [reference.NO_TOKEN]
-    for parameters in ({}, {"min_p": 0.5}, {"top_k": 1, "top_p": 0.5}, {"top_k": 2}):
-        assert drawn(warp_of(row, **parameters).tolist(), 0.5) == [reference.NO_TOKEN]
+    for min_p, top_k, top_p in ((0.0, 0, 1.0), (0.5, 0, 1.0), (0.0, 1, 0.5), (0.0, 2, 1.0)):
+        assert drawn(warp_of(row, min_p, top_k, top_p).tolist(), 0.5) == [reference.NO_TOKEN]
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)

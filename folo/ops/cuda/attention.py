@@ -32,18 +32,11 @@ _WORKSPACE = 1 << 26  # bytes of unmerged sums at most
 _SEARCH = 1024  # sequences that are looked at together
 _MAX_HEAD_DIM = 256
 _LOG2_E = 1 / math.log(2)
-_INTEGERS = (
-    "group",
-    "head_dim",
-    "block_size",
-    "num_tokens",
-    "num_sequences",
-    "table_stride",
-    "block_stride",
-    "token_stride",
-    "head_stride",
-)
-_MERGE_INTEGERS = ("head_dim", "num_tokens", "num_sequences")
+_INTEGERS = [
+    "group", "head_dim", "block_size", "num_tokens", "num_sequences", "table_stride",
+    "block_stride", "token_stride", "head_stride",
+]  # fmt: skip
+_MERGE_INTEGERS = ["head_dim", "num_tokens", "num_sequences"]
 
 
 @triton.jit
@@ -86,33 +79,12 @@ def _normalised(total, sums):
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def _attention(
-    q,
-    k_cache,
-    v_cache,
-    block_tables,
-    query_start,
-    seq_lens,
-    out,
-    part_sums,
-    part_tops,
-    part_totals,
-    scale,
-    group,
-    head_dim,
-    block_size,
-    num_tokens,
-    num_sequences,
-    table_stride,
-    block_stride,
-    token_stride,
-    head_stride,
-    HEIGHT: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    MERGED: tl.constexpr,
+    q, k_cache, v_cache, block_tables, query_start, seq_lens, out, part_sums, part_tops, part_totals, scale,
+    group, head_dim, block_size, num_tokens, num_sequences,
+    table_stride, block_stride, token_stride, head_stride,
+    HEIGHT: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr,
     SEARCH: tl.constexpr,
-):
+):  # fmt: skip
     """Program (query tile, KV head, n): the splits n, n + N, n + 2 N, ... of N programs; all if MERGED.
 
     part_sums float32 [splits, T, Hq, head_dim], part_tops and part_totals float32 [splits, T, Hq]: a split's
@@ -186,19 +158,9 @@ def _attention(
 
 @triton.jit(do_not_specialize=_MERGE_INTEGERS)
 def _merge_splits(
-    query_start,
-    seq_lens,
-    out,
-    part_sums,
-    part_tops,
-    part_totals,
-    head_dim,
-    num_tokens,
-    num_sequences,
-    WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SEARCH: tl.constexpr,
-):
+    query_start, seq_lens, out, part_sums, part_tops, part_totals, head_dim, num_tokens, num_sequences,
+    WIDTH: tl.constexpr, SPLIT: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
     """Program (token, query head): its splits, which `_attention` left unmerged, merged in the same order."""
     token = tl.program_id(0)
     sequence = _sequence_of(token, query_start, num_sequences, 1, 0, SEARCH)
@@ -256,20 +218,13 @@ def builds() -> Iterator[Build]:
     parts = dict.fromkeys(("part_sums", "part_tops", "part_totals"), "*fp32")
     for dtype, pointer in DTYPES.items():
         data = dict.fromkeys(("q", "k_cache", "v_cache", "out"), pointer)
-        arguments = (
-            data
-            | rows
-            | parts
-            | {"block_tables": "*i32"}
-            | {"scale": "fp32"}
-            | dict.fromkeys(_INTEGERS, "i32")
-        )
+        integers = dict.fromkeys(_INTEGERS, "i32")
+        arguments = {**data, **rows, **parts, **integers, "block_tables": "*i32", "scale": "fp32"}
         of_merge = rows | parts | {"out": pointer} | dict.fromkeys(_MERGE_INTEGERS, "i32")
         for head_dim in (64, 128, 256):
             for hopper, merged in product((False, True), repeat=2):
                 kernel = _kernel(dtype, head_dim, hopper, merged)
-                capability = 90 if hopper else 80
-                yield Build(kernel, arguments, f"{pointer} {head_dim}", capability)
+                yield Build(kernel, arguments, f"{pointer} {head_dim}", 90 if hopper else 80)
             yield Build(_merge_kernel(head_dim), of_merge)
 
 
@@ -292,8 +247,9 @@ def paged_attention(
     The grid follows from shapes alone. Weights are rounded to the values' dtype for their product, as in
     flash attention; all else is in float32.
     """
-    strides = k_cache.stride()
-    if q.shape[-1] > _MAX_HEAD_DIM or any(n % 16 for n in (q.shape[-1], *strides[:3])):
+    strides, bases = k_cache.stride(), (k_cache.data_ptr(), v_cache.data_ptr())
+    alike = strides == v_cache.stride() and not any(n % 16 for n in (q.shape[-1], *strides[:3], *bases))
+    if not alike or q.shape[-1] > _MAX_HEAD_DIM:
         return reference.paged_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale)
     q, block_tables = aligned(q), aligned(block_tables)
     query_start, seq_lens = aligned(query_start), aligned(seq_lens)
@@ -307,39 +263,17 @@ def paged_attention(
     programs = _programs(tiles * num_kv_heads, num_splits, 4 * num_splits * q.numel())
     parts = num_splits if programs > 1 else 0, num_tokens, num_heads
     sums = torch.empty((*parts, head_dim), dtype=torch.float32, device=q.device)
-    tops, totals = torch.empty((2, *parts), dtype=torch.float32, device=q.device)
+    tops = torch.empty(parts, dtype=torch.float32, device=q.device)
+    totals = torch.empty_like(tops)
     _kernel(q.dtype, head_dim, hopper, programs == 1).launch(
         (tiles, num_kv_heads, programs),
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        query_start,
-        seq_lens,
-        out,
-        sums,
-        tops,
-        totals,
+        *(q, k_cache, v_cache, block_tables, query_start, seq_lens, out, sums, tops, totals),
         scale * _LOG2_E,
-        group,
-        head_dim,
-        block_size,
-        num_tokens,
-        num_sequences,
-        block_tables.shape[1],
-        *strides[:3],
+        *(group, head_dim, block_size, num_tokens, num_sequences, block_tables.shape[1], *strides[:3]),
     )
     if programs > 1:
         _merge_kernel(head_dim).launch(
             (num_tokens, num_heads),
-            query_start,
-            seq_lens,
-            out,
-            sums,
-            tops,
-            totals,
-            head_dim,
-            num_tokens,
-            num_sequences,
+            *(query_start, seq_lens, out, sums, tops, totals, head_dim, num_tokens, num_sequences),
         )
     return out

@@ -33,7 +33,7 @@ def value_of(order):
 def lane_tops(row, vocabulary, BLOCK: tl.constexpr):
     """The largest logit of each lane, `ordered`: int32 [BLOCK]."""
     tops = tl.full((BLOCK,), NEGATIVE_INF, tl.int32)
-    for first in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
+    for first in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         at = first + tl.arange(0, BLOCK)
         tops = tl.maximum(tops, ordered(tl.load(row + at, mask=at < vocabulary, other=float("-inf"))))
     return tops

@@ -120,7 +120,7 @@ def builds() -> Iterator[Build]:
     for vocabulary in (1000, 1024):
         yield Build(
             _kernel(_draw, vocabulary, BLOCKS=_BLOCKS, NO_TOKEN=sampler.NO_TOKEN),
-            row | {"greedy": "*i1", "u": "*fp32", "out": "*i64"},
+            row | {"greedy": "*u1", "u": "*fp32", "out": "*i64"},
         )
         yield Build(_kernel(_log_softmax, vocabulary), row | {"out": "*fp32"})
 
@@ -130,7 +130,7 @@ def philox(seed: Tensor, position: Tensor, sample_index: Tensor, purpose: int) -
     rows = seed.shape[0]
     out = torch.empty(rows, dtype=torch.float32, device=seed.device)
     columns = seed.contiguous(), position.contiguous(), sample_index.contiguous()
-    _PHILOX.launch((triton.cdiv(rows, _ROWS),), *columns, out, purpose, rows)
+    _PHILOX.launch((-(-rows // _ROWS),), *columns, out, purpose, rows)
     return out
 
 
