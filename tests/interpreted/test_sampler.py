@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensors import random, same_bits
 from torch import Tensor
 
@@ -83,6 +85,31 @@ def test_rows_depend_on_themselves_alone(vocabulary: int, room: None) -> None:
         assert same_bits(got, warped[rows])
         assert torch.equal(sampler.draw(logits[rows], greedy[rows], u[rows]), ids[rows])
         assert same_bits(sampler.log_softmax(logits[rows]), logprobs[rows])
+
+
+LOGITS = st.one_of(st.integers(-8, 8).map(lambda n: n / 2), st.sampled_from([-INF, -0.0, 1e-40, -90.0, 3e38]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    row=st.lists(LOGITS, min_size=1, max_size=40),
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 2.5]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    top_k=st.integers(-1, 41),
+    top_p=st.sampled_from([1e-6, 0.1, 0.5, 0.9, 1.0]),
+    lanes=st.sampled_from([1, 3, 1024]),
+)
+def test_warp_of_any_row_is_the_references(
+    row: list[float], temperature: float, min_p: float, top_k: int, top_p: float, lanes: int
+) -> None:
+    logits, one = torch.tensor([row]), torch.ones(1)
+    parameters = one * temperature, one * min_p, torch.tensor([top_k]), one * top_p
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warp, "_LANES", lanes)
+        got, expected = warp.warp(logits, *parameters, True), reference.warp(logits, *parameters, True)
+    usable = bool(torch.isfinite(expected.amax()))
+    assert usable == bool(torch.isfinite(got.amax()))
+    assert not usable or same_bits(got, expected)
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(1, [1, 3]), (2, [1, 3]), (3, [1, 2, 3, 4]), (6, None)])

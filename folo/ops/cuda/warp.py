@@ -84,8 +84,8 @@ def _warp(
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
     TRUNCATE: tl.constexpr, LISTED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """list_tokens float32 [R, LISTED] and list_ids int32 [R, LISTED]: all tokens that reach the LANES-th largest
-    of the lanes' tops; none if they do not fit."""
+    """list_tokens float32 [R, LISTED], list_ids int32 [R, LISTED]: the tokens that reach the LANES-th largest
+    of the lanes' tops; none of them if there is no room for all."""
     if ALIGNED:
         vocabulary = vocabulary // 16 * 16  # tells the compiler that rows begin at a multiple of 16
     number = tl.program_id(0).to(tl.int64)
