@@ -1,7 +1,8 @@
 """Every Triton kernel in every configuration, compiled to machine code as on a GPU, without one.
 
 What can be read off the machine code is held here: that it exists, fits into shared memory, keeps its
-tiles in registers, and that kernels which may serve the same rows multiply with the same instructions.
+tiles in registers, and that kernels which may serve the same rows multiply with the same instructions and
+reduce in the same order.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ MATRIX_INSTRUCTION = re.compile(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S+")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code of a build uses; `stack` is in bytes, of registers that were spilled."""
+    """What the machine code of a build uses; `stack` is in bytes, of registers that were spilled.
+
+    reductions: for sums and maxima of floats, how what is reduced lies in threads, which is their order.
+    """
 
     build: Build
     instructions: frozenset[str]
+    reductions: frozenset[str]
     shared: int
     stack: int
 
@@ -54,7 +59,10 @@ def compiled(build: Build, capability: int, folder: Path) -> Compiled:
     ).stdout
     stack = sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     instructions = frozenset(MATRIX_INSTRUCTION.findall(done.asm["ptx"]))
-    return Compiled(build, instructions, done.metadata.shared, stack)
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", done.asm["ttgir"], re.MULTILINE))
+    reduced = re.findall(r"\}\) : \(tensor<(\S+xf32), (#\w+)>\)", done.asm["ttgir"])
+    reductions = frozenset(f"{shape} {layouts[layout]}" for shape, layout in reduced)
+    return Compiled(build, instructions, reductions, done.metadata.shared, stack)
 
 
 def distinct(builds: Iterable[Build]) -> list[Build]:
@@ -63,21 +71,22 @@ def distinct(builds: Iterable[Build]) -> list[Build]:
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("module", sorted(set(cuda.KERNELS.values())))
-def test_builds_fit_the_machine_and_rows_meet_one_instruction(
+def test_builds_fit_the_machine_and_rows_meet_one_arithmetic(
     module: str, capability: int, tmp_path: Path
 ) -> None:
     builds = distinct(import_module(f"folo.ops.cuda.{module}").builds())
+    builds = [build for build in builds if build.capability in (None, capability)]
 
     def compile_one(build: Build) -> Compiled:
         return compiled(build, capability, tmp_path)
 
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(compile_one, builds))
-    instructions = defaultdict(set)
+    arithmetic = defaultdict(set)
     for one in done:
         what = one.build.kernel.function.__name__, one.build.kernel, one.build.signature
         assert one.shared <= SHARED_MEMORY[capability], what
         assert one.stack == 0, what
         if one.build.serves:
-            instructions[one.build.serves].add(one.instructions)
-    assert {name: found for name, found in instructions.items() if len(found) > 1} == {}
+            arithmetic[one.build.serves].add((one.instructions, one.reductions))
+    assert {name: found for name, found in arithmetic.items() if len(found) > 1} == {}

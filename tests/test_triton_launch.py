@@ -14,10 +14,13 @@ from torch import Tensor
 
 from folo.ops import cuda, reference, sampler
 from folo.ops.arithmetic import arithmetic
+from folo.ops.cuda.attention import paged_attention
 from folo.ops.cuda.kernel import DTYPES, Kernel
 from folo.ops.cuda.linear import linear
 from folo.ops.cuda.norm import add_rms_norm, rms_norm, silu_mul
 from folo.ops.cuda.rope import qk_norm_rope_write
+from folo.ops.cuda.sampler import draw, log_softmax, philox
+from folo.ops.cuda.warp import warp
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -52,8 +55,49 @@ def heads(dtype: torch.dtype) -> None:
                 qk_norm_rope_write(qkv, angles[:rows], norms, norms, 1e-6, cache, cache, slots[:rows])
 
 
+def sequences(dtype: torch.dtype) -> None:
+    for head_dim in (16, 64, 80, 96, 128, 256):
+        caches = empty(2, 8, 2, 16, head_dim, dtype=dtype).transpose(2, 3)
+        for count, tokens, blocks in ((1, 1, 1), (1, 700, 50), (16, 16, 160), (256, 256, 2560)):
+            q = empty(tokens * 6 * head_dim + 1, dtype=dtype)[1:].view(tokens, 6, head_dim)
+            tables, starts = torch.empty((count, blocks + 1)).int()[:, 1:], torch.empty(count + 2).int()[1:]
+            paged_attention(q, caches[0], caches[1], tables, starts, torch.empty(count).int(), 0.125)
+
+
+def samples(dtype: torch.dtype) -> None:
+    for rows in (1, 16):
+        numbers, column = torch.empty(rows + 1).long()[1:], torch.empty(rows + 1)[1:]
+        philox(numbers, numbers, numbers, 0)
+        for vocabulary in (1000, 1024, 151936):
+            logits = torch.empty(rows * vocabulary + 1)[1:].view(rows, vocabulary)
+            draw(logits, torch.empty(rows + 1).bool()[1:], column)
+            log_softmax(logits)
+
+
+def truncations(dtype: torch.dtype) -> None:
+    for rows in (1, 16):
+        numbers, column = torch.empty(rows + 1).long()[1:], torch.empty(rows + 1)[1:]
+        for vocabulary in (1000, 1024, 151936):
+            for truncate in (False, True):
+                warp(torch.empty(rows, vocabulary), column, column, numbers, column, truncate)
+
+
+LAUNCHES = {
+    "attention": sequences,
+    "linear": products,
+    "norm": norms,
+    "rope": heads,
+    "sampler": samples,
+    "warp": truncations,
+}
+
+
+def test_every_kernel_is_launched_here() -> None:
+    assert set(LAUNCHES) == set(cuda.KERNELS.values())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("module", "run"), [("linear", products), ("norm", norms), ("rope", heads)])
+@pytest.mark.parametrize(("module", "run"), LAUNCHES.items())
 def test_whatever_is_launched_was_compiled_in_a_test(
     module: str, run: Callable[[torch.dtype], None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ R is the number of rows, V the vocabulary (at most 2^22, so that sums stay below
 its inputs, and none reads a tensor on the host.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
@@ -179,7 +181,11 @@ def pick_logprobs(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor, 
     log-probability; top_ids int64[R, k] and top_logprobs float32[R, k], by value descending, then id
     ascending.
     """
-    logprobs = log_softmax(logits)
+    return pick(log_softmax(logits), ids, k)
+
+
+def pick(logprobs: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `pick_logprobs` returns, from log-probabilities [R, V]."""
     picked = logprobs.gather(-1, ids[:, None])
     rank = 1 + (logprobs > picked).sum(-1)
 
@@ -187,7 +193,7 @@ def pick_logprobs(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor, 
     # stand above the id's. (-0.0 would sort below 0.0, but no difference here is -0.0.)
     bits = logprobs.view(torch.int32).to(torch.int64)
     ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    descending_id = torch.arange(logits.shape[-1], 0, -1, device=logits.device)
+    descending_id = torch.arange(logprobs.shape[-1], 0, -1, device=logprobs.device)
     top_ids = ((ordered << 32) + descending_id).topk(k, dim=-1).indices
     return picked[:, 0], rank, top_ids, logprobs.gather(-1, top_ids)
 

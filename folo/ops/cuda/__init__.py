@@ -2,8 +2,9 @@
 
 Each op's kernels are in a module of their own, imported at the op's first call: Triton takes long to
 import, and is not there on every machine. What has no kernel runs as the reference, which keeps the
-contract on every device: float64, and ops that torch does in as few passes with no sum in them
-(`rope_angles`, and `copy_blocks`, which is indexing by indices that are on the device).
+contract on every device: float64; ops that torch does in as few passes with no sum in them
+(`rope_angles`, and `copy_blocks`, which is indexing by indices that are on the device); and `penalize`,
+whose sums are of integers.
 """
 
 from __future__ import annotations
@@ -23,10 +24,16 @@ from folo.ops import reference, sampler
 
 KERNELS = {
     "linear": "linear",
+    "paged_attention": "attention",
     "rms_norm": "norm",
     "add_rms_norm": "norm",
     "silu_mul": "norm",
     "qk_norm_rope_write": "rope",
+    "philox": "sampler",
+    "warp": "warp",
+    "draw": "sampler",
+    "log_softmax": "sampler",
+    "pick_logprobs": "sampler",
 }
 """The module that holds an op's kernel, as a function of the op's own name and arguments."""
 

@@ -51,12 +51,14 @@ class Build:
     """A kernel and the types of its arguments, as Triton spells them: `{"x": "*bf16", "m": "i32"}`.
 
     An argument that is absent (None) has the type "constexpr". Builds with one name in `serves` compute the
-    same rows, whichever is chosen: the same bits, so the same instructions.
+    same rows, whichever is chosen: the same bits, so the same instructions. A `capability`
+    (times ten) says that it is chosen there only.
     """
 
     kernel: Kernel
     signature: Mapping[str, str]
     serves: str = ""
+    capability: int | None = None
 
 
 def aligned(x: Tensor) -> Tensor:
