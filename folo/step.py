@@ -170,7 +170,7 @@ def _graphed(graphs: Graphs, layer_function: Any) -> Run:
     def run(params: Params, prepared: Prepared) -> list[device.Sampled]:
         state, inputs, rows = prepared.state, prepared.inputs, prepared.rows
         widest = -(-state.max_model_len // state.cache.block_size)
-        if not prepared.bound.batch.decoding:
+        if not prepared.bound.batch.decoding or state.attention == "reference":  # which looks at the device
             return _run(params, prepared, bucketed(inputs, widest), layer_function)
         kind = kind_of(inputs, widest)
         if any(has_processors(sequence) for sequence in rows.sequences):

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import tiny_checkpoint, tiny_gguf
+from checkpoints import tiny_checkpoint
+from gguf_files import tiny_gguf
 
 from folo import LLM, SamplingParams
 from folo.cli import main
@@ -252,7 +253,7 @@ class TestInfo:
     def test_describes_a_directory_without_loading_it(
         self, model: str, llm: LLM, capsys: Captured, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("folo.model.load._assemble", lambda *args: pytest.fail("loaded"))
+        monkeypatch.setattr("folo.model.load.assemble", lambda *args: pytest.fail("loaded"))
         assert main(["info", model]) == 0
         rows = self.rows(capsys)
         assert rows["architecture"] == "LlamaForCausalLM"

@@ -14,7 +14,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from checkpoints import tiny_checkpoint, tiny_gguf
+from checkpoints import tiny_checkpoint
+from gguf_files import tiny_gguf
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 

@@ -9,7 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import random_model, state_dict, tiny_gguf
+from checkpoints import random_model, state_dict
+from gguf_files import tiny_gguf
 
 from folo.errors import LoadError
 from folo.model.gguf import GGUFFile, read_metadata

@@ -9,7 +9,8 @@ from typing import Any
 
 import gguf
 import pytest
-from checkpoints import tiny_checkpoint, tiny_gguf, tiny_tokenizer
+from checkpoints import tiny_checkpoint, tiny_tokenizer
+from gguf_files import tiny_gguf
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

@@ -8,7 +8,7 @@ pool        ample, or so small that sequences are preempted over and over. A req
 threads     torch.set_num_threads
 history     plain; forked: half-way each sample is forked, and a child goes on in the place of its parent,
             or beside it; restored: half-way the state is saved, and goes on in a new process
-mode        folo.step, or what folo.compile makes of it
+mode        folo.step, or what folo.compile makes of it: on CUDA also replayed graphs
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ import torch
 
 import folo
 from folo.bench.pairwise import pairwise
+from folo.config import CompileMode
+from folo.state.flight import landed
 
 FACTORS: Mapping[str, tuple[Any, ...]] = {
     "arrival": ("alone", "together", "shuffled", "one a step"),
@@ -39,8 +41,9 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "pool": ("ample", "small"),
     "threads": (1, 2),
     "history": ("plain", "forked", "restored"),
-    "mode": ("eager", "compiled"),
+    "mode": ("eager", "compiled", *(["graph"] if torch.cuda.is_available() else [])),
 }
+_MODES: Mapping[str, CompileMode] = {"eager": "eager", "compiled": "inductor", "graph": "cudagraph"}
 EXCLUDED = ((("arrival", "alone"), ("pool", "small")),)
 
 
@@ -138,7 +141,7 @@ def _run(subject: Subject, cell: Cell) -> Run:
 
 
 def _step(mode: str) -> folo.Step:
-    return folo.compile(folo.step, mode="inductor" if mode == "compiled" else "eager")
+    return folo.compile(folo.step, mode=_MODES[mode])
 
 
 def _start(subject: Subject, cell: Cell, step: folo.Step) -> folo.EngineState:
@@ -180,7 +183,10 @@ def _advance(
         for _ in range(min(rate, len(waiting))):
             state = folo.submit(state, waiting.popleft())
         batch = folo.schedule(state)
-        assert batch is not None, "there is something to run"
+        if batch is None:  # what was to come is in flight
+            assert state.flight is not None, "there is something to run"
+            state = landed(state)
+            continue
         state, _ = step(state.params, state, batch)
         if each is not None:
             state = each(state)

@@ -14,11 +14,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import folo
 from folo.bench import report
 from folo.bench.cells import FACTORS, REFERENCE, Cell, Output, Run, Subject, array, every_cell, run
+from folo.bench.workloads import QWEN3_600M, random_ids
+from folo.model.export import export
 
 LEAST_PREEMPTIONS = 20  # in a cell whose pool is small
 
@@ -58,6 +61,16 @@ def prompts(tokenizer: Any) -> list[list[int]]:
     document, found = encode(_DOCUMENT), [encode(text)[:length] for length, text in _SHORT.items()]
     for length, text in _QUESTIONS.items():
         question = encode(text)[:_LONGEST_QUESTION]
+        found.append(document[: length - len(question)] + question)
+    return found
+
+
+def random_prompts(vocab_size: int) -> list[list[int]]:
+    """As `prompts`, of random token ids, for a model without a tokenizer."""
+    document = random_ids(max(_QUESTIONS), vocab_size, seed=0)
+    found = [random_ids(length, vocab_size, seed=length) for length in _SHORT]
+    for length in _QUESTIONS:
+        question = random_ids(_LONGEST_QUESTION, vocab_size, seed=length)
         found.append(document[: length - len(question)] + question)
     return found
 
@@ -131,7 +144,7 @@ def register(commands: Any) -> None:
         "with those of each request alone, bit for bit. Exits with 1 if anything differs.",
         allow_abbrev=False,
     )
-    report.add_model_option(parser)
+    report.add_model_options(parser)
     parser.add_argument(
         "--full", action="store_true", help="all combinations, not only all pairs (many hours)"
     )
@@ -141,10 +154,19 @@ def register(commands: Any) -> None:
 
 
 def _command(args: argparse.Namespace) -> None:
+    with TemporaryDirectory() as directory:
+        if args.shape:  # new processes load it from there
+            export(report.model_of(args), directory)
+            asked = requests(random_prompts(QWEN3_600M.vocab_size))
+            _compare_all(args, Subject(folo.load(directory), directory, asked, SMALL_POOLS))
+        else:
+            asked = requests(prompts(folo.load_tokenizer(args.model)))
+            _compare_all(args, Subject(folo.load(args.model), args.model, asked, SMALL_POOLS))
+
+
+def _compare_all(args: argparse.Namespace, subject: Subject) -> None:
     from tqdm import tqdm
 
-    asked = requests(prompts(folo.load_tokenizer(args.model)))
-    subject = Subject(folo.load(args.model), args.model, asked, SMALL_POOLS)
     cells = (every_cell() if args.full else array())[: args.cells]
     with tqdm(total=len(cells) + 1, desc="Invariance", unit=" cells") as bar:
         reference, results = run(subject, REFERENCE), []

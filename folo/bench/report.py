@@ -55,7 +55,7 @@ def environment(params: Params | None = None) -> dict[str, Any]:
             "device": params.device.type,
         }
         if params.device.type == "cuda":
-            found |= _gpu(params.device)
+            found |= gpu(params.device)
     return found
 
 
@@ -185,7 +185,8 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _gpu(device: torch.device) -> dict[str, str]:
+def gpu(device: torch.device) -> dict[str, str]:
+    """A GPU's model, its driver and its version of CUDA."""
     import torch
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

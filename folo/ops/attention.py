@@ -88,6 +88,8 @@ def _half(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _lacks_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "computes in float32, float16 and bfloat16, this is float64"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton: pip install triton"
     return _on("cuda")(device, dtype)
