@@ -160,7 +160,7 @@ def margin(cache: CacheConfig, scheduler: SchedulerConfig, device: torch.device)
     before anyone has looked at the first.
     """
     chunk, decodes = -(-scheduler.max_num_batched_tokens // cache.block_size), 2 * scheduler.max_num_seqs
-    ahead = 0 if device.type == "cpu" else decodes
+    ahead = decodes if device.type == "cuda" else 0
     return chunk + decodes + ahead + cache.reserve_blocks
 
 
