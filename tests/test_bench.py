@@ -14,16 +14,17 @@ import matplotlib.image
 import pytest
 import torch
 from engine import prompt
+from graphs import Recorded
 
 import folo
-from folo.bench import kernels, report, workloads
+from folo.bench import gpu, graph, kernels, report, workloads
 from folo.bench.ablation import QUICK, Bench, token_times
 from folo.bench.compare import Comparison, PeerError, Worker, figure
 from folo.bench.peers import OWN
 from folo.bench.recording import StepRecord, lanes, recorded
 from folo.bench.serving import WORKLOADS, workload
 from folo.bench.timeline import plot, trace
-from folo.bench.workloads import Arrival, at_once, request
+from folo.bench.workloads import Arrival, at_once, miniature, request
 from folo.cli import main
 from folo.ops import cpu
 
@@ -418,6 +419,7 @@ class TestReport:
 
     def test_environment_of_a_gpu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A GPU")
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
         monkeypatch.setenv("PATH", str(tmp_path))
         params = replace(workloads.miniature(), embed=torch.empty(64, 2, device="meta"))
         monkeypatch.setattr(folo.Params, "device", torch.device("cuda"))
@@ -427,3 +429,68 @@ class TestReport:
         smi.chmod(0o755)
         found = report.environment(params)
         assert (found["device"], found["gpu"], found["driver"]) == ("cuda", "A GPU", "555.42")
+
+
+class TestGraph:
+    """With recorded calls for CUDA graphs, and the host's clock."""
+
+    def test_times_a_decode_step_run_in_three_ways(self, tmp_path: Path) -> None:
+        torch._dynamo.reset()
+        recorder, done = Recorded(), list[bool]()
+        params, sizes = miniature(num_positions=1024), [(1, 128), (3, 64)]
+        rate, cells, large = graph.measure_all(params, sizes, lambda: done.append(True), recorder)
+        assert [(c.batch, c.context, c.mode) for c in cells] == [(*s, m) for s in sizes for m in graph.MODES]
+        assert len(done) == 2
+        assert not large
+        assert rate > 1e8, "bytes a second"
+        assert all(0 < c.p50 <= c.p99 and c.host > 0 and c.rate == c.batch / c.p50 for c in cells)
+        assert recorder.captures == 1 + 3, "for batches of 1; and of 1, 2 and 4"
+        heading, _, first, *_ = graph.table(cells).splitlines()
+        assert heading.endswith("of the floor  times eager")
+        assert first.split()[:3] == ["1", "128", "eager"]
+        graph.plot(cells, str(tmp_path / "g.png"))
+        assert matplotlib.image.imread(tmp_path / "g.png").shape[1] > 900
+
+    def test_the_floor_is_what_has_to_be_read(self) -> None:
+        params = miniature()
+        layer = 2 * 1 * 1 * 2 * 4  # K and V, one head of 2, float32
+        assert graph.read_bytes(params, 5, 100) == params.num_bytes + 500 * layer
+
+    def test_is_refused_without_a_gpu(self, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        for argv in (["bench", "graph"], ["bench", "gpu", "--out", "results"]):
+            assert main(argv) == 2
+            assert "needs a CUDA device, and torch finds none" in capsys.readouterr().err
+
+
+class TestGpu:
+    def test_a_part_that_fails_or_hangs_is_only_that(self) -> None:
+        failed = gpu.run(gpu.Part("failing", ("json.tool", "nowhere.json"), 60))
+        assert failed.exit_status == 2
+        assert "nowhere.json" in failed.output
+        hanging = gpu.run(gpu.Part("hanging", ("http.server", "0"), 2))
+        assert hanging.exit_status is None
+        assert hanging.seconds < 30
+        table = gpu.table([failed, hanging, replace(failed, name="good", exit_status=0)])
+        assert [line.split()[1] for line in table.splitlines()[2:]] == ["failed", "out", "passed"]
+
+    def test_all_parts_fit_into_nine_minutes(self, tmp_path: Path) -> None:
+        parts = gpu.parts(tmp_path)
+        assert sum(part.limit for part in parts) <= 9 * 60 - 10
+        assert len({part.name for part in parts}) == len(parts)
+        root = Path(folo.__file__).parent.parent
+        assert (root / "tests" / "test_cuda.py").exists()
+        for part in parts:
+            if part.command[0] == "folo":  # its options are ones that the command has
+                with pytest.raises(SystemExit) as stopped:
+                    main([*part.command[1:], "--help"])
+                assert stopped.value.code == 0
+
+
+class TestNano:
+    def test_is_nano_vllms_workload(self) -> None:
+        prompts = workload("nano", 151_936)
+        assert len(prompts) == 256
+        assert all(100 <= len(ids) <= 1024 and 100 <= wanted <= 1024 for ids, wanted in prompts)
+        assert max(max(ids) for ids, _ in prompts) <= 10_000
+        assert sum(wanted for _, wanted in prompts) == 133_966

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from graphs import Recorded
 
 import folo
 from folo.bench import invariance
 from folo.bench.cells import FACTORS, REFERENCE, Cell, Output, Run, Subject, array, every_cell, run
 from folo.bench.invariance import LEAST_PREEMPTIONS, SMALL_POOLS, compare, prompts, requests
+from folo.model.forward import layer_in_heap
+from folo.step import replayed
 
 # Cells for the default model: every level of every factor at least once, with few that take long.
 CHOSEN = [
@@ -186,3 +189,12 @@ class TestCommand:
             self.start("--model", str(tiny_dir), "--full")
         assert info.value.code == 1
         assert "cell 1 differs from the reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cell", [cell for cell in array() if cell.history != "restored"][::3], ids=title)
+def test_replayed_steps_in_flight_on_a_tiny_model(
+    cell: Cell, subject: Subject, reference: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = replayed(Recorded(), layer_in_heap)
+    monkeypatch.setattr("folo.bench.cells._step", lambda mode: step)
+    verify(subject, reference, cell)
