@@ -14,7 +14,7 @@ from torch import Tensor
 
 import folo
 from folo.ops import reference
-from folo.ops.attention import BACKENDS, attention_backend
+from folo.ops.attention import BACKENDS, Attention, attention_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -77,6 +77,12 @@ def test_a_state_keeps_its_backend(tiny: folo.Params, tmp_path: Path) -> None:
     assert [output.outputs for output in folo.outputs(finish_all(tiny, restored)).values()] == expected
 
 
+def op(name: str) -> Attention:
+    found = BACKENDS[name].op
+    assert found is not None
+    return found
+
+
 def problem() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A prefill chunk, a decode, a sequence without rows, and padding."""
     numbers = torch.Generator().manual_seed(0)
@@ -119,7 +125,7 @@ def test_flash_attn_is_given_each_row_as_a_sequence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     inputs = problem()
     torch.testing.assert_close(
-        BACKENDS["flash_attn"].op(*inputs, 0.2), reference.paged_attention(*inputs, 0.2), rtol=1e-5, atol=1e-5
+        op("flash_attn")(*inputs, 0.2), reference.paged_attention(*inputs, 0.2), rtol=1e-5, atol=1e-5
     )
 
 
@@ -141,5 +147,5 @@ def test_varlen_attn_is_given_pages_and_lengths(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     inputs = problem()
     torch.testing.assert_close(
-        BACKENDS["torch"].op(*inputs, 0.2), reference.paged_attention(*inputs, 0.2), rtol=1e-5, atol=1e-5
+        op("torch")(*inputs, 0.2), reference.paged_attention(*inputs, 0.2), rtol=1e-5, atol=1e-5
     )

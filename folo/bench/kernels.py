@@ -139,7 +139,10 @@ def _linear(n: int, k: int, rows: int) -> Work:
     return [partial(ops.linear, x, w) for w in weights], size + 2 * rows * (k + n), 2 * rows * n * k
 
 
-def _attention(heads: tuple[int, int, int], batch: int, context: int, queries: int) -> Work:
+def _attention(
+    heads: tuple[int, int, int], batch: int, context: int, queries: int, scattered: bool = False
+) -> Work:
+    """scattered: a sequence's pages lie anywhere, not one after the other as a new heap hands them out."""
     import torch
 
     from folo import ops
@@ -154,9 +157,12 @@ def _attention(heads: tuple[int, int, int], batch: int, context: int, queries: i
     q = torch.ones(batch * queries, num_heads, head_dim, dtype=torch.bfloat16)
 
     def call() -> Callable[[], object]:
-        size = (2, batch * blocks, num_kv_heads, _BLOCK_SIZE, head_dim)
-        k, v = torch.ones(size, dtype=torch.bfloat16).transpose(2, 3)  # as the heap has them
-        tables = torch.randperm(batch * blocks, generator=numbers).int().view(batch, blocks)
+        size = (2, num_kv_heads, batch * blocks, _BLOCK_SIZE, head_dim)
+        k, v = torch.ones(size, dtype=torch.bfloat16).permute(0, 2, 3, 1, 4)  # as the heap has them
+        pages = (
+            torch.randperm(batch * blocks, generator=numbers) if scattered else torch.arange(batch * blocks)
+        )
+        tables = pages.int().view(batch, blocks)
         return lambda: ops.paged_attention(q, k, v, tables, starts, lengths, head_dim**-0.5)
 
     pairs = batch * sum(context - n for n in range(queries))  # of a query and a key that it sees
@@ -175,6 +181,8 @@ def cases(shape: Shape) -> list[tuple[str, str, Callable[[], Work]]]:
         for batch in (1, 16):
             text = f"decode, {batch} x {context} tokens"
             found.append(("attention", text, partial(_attention, shape.heads, batch, context, 1)))
+    text = f"decode, 1 x {CONTEXTS[-1]} tokens, scattered pages"
+    found.append(("attention", text, partial(_attention, shape.heads, 1, CONTEXTS[-1], 1, True)))
     found.append(("attention", "prefill, 1 x 2048 tokens", partial(_attention, shape.heads, 1, 2048, 2048)))
     return found
 

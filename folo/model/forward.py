@@ -108,7 +108,8 @@ def layer_in_heap(
 
     def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
         q = ops.qk_norm_rope_write(qkv, angles, layer.q_norm, layer.k_norm, eps, k, v, slots)
-        return BACKENDS[attention].op(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1)
+        op = BACKENDS[attention].op or ops.paged_attention
+        return op(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1)
 
     return decoder_layer(attend, layer, next_norm, x, residual, angles, eps)
 

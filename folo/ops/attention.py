@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from folo.errors import ConfigError
-from folo.ops.library import paged_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -25,11 +24,12 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Te
 class Backend:
     """A way to compute attention, and what it asks for.
 
+    op: None for folo's own kernels, `folo.ops.paged_attention`.
     lacks: why it cannot be had on a device with a dtype, or None. breaks: the promise that it is not known to
     keep. pages: what block sizes have to be a multiple of.
     """
 
-    op: Attention
+    op: Attention | None
     lacks: Callable[[torch.device, torch.dtype], str | None]
     breaks: str | None = None
     pages: int = 1
@@ -115,8 +115,8 @@ def _lacks_flash(device: torch.device, dtype: torch.dtype) -> str | None:
 _UNPROVEN = "that a row's bits do not depend on what else is computed is not shown for it"
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(paged_attention, _on("cpu")),
-    "triton": Backend(paged_attention, _lacks_triton),
+    "cpu": Backend(None, _on("cpu")),
+    "triton": Backend(None, _lacks_triton),
     "torch": Backend(_varlen, _lacks_varlen, _UNPROVEN, pages=256),
     "flash_attn": Backend(_flash, _lacks_flash, _UNPROVEN, pages=256),
     "reference": Backend(torch.ops.folo_reference.paged_attention.default, lambda device, dtype: None),

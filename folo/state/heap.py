@@ -49,8 +49,9 @@ class KVHeap:
     """Preallocated K and V blocks at fixed addresses, and the list of the free ones.
 
     `k` and `v`: `[num_layers, num_blocks, block_size, num_kv_heads, head_dim]`, zero at first, so
-    that no kernel ever meets a NaN that nobody wrote. What a head has in a block lies together in
-    memory: attention reads one head at a time.
+    that no kernel ever meets a NaN that nobody wrote. In memory all that a head has lies together,
+    block after block: attention reads one head at a time, and a sequence's blocks mostly follow each
+    other, which a CPU that looks ahead makes use of.
     """
 
     def __init__(
@@ -60,9 +61,9 @@ class KVHeap:
         device: torch.device,
     ) -> None:
         layers, blocks, block_size, heads, head_dim = shape
-        by_head = (layers, blocks, heads, block_size, head_dim)
-        self.k = _zeros(by_head, dtype, device).transpose(2, 3)
-        self.v = _zeros(by_head, dtype, device).transpose(2, 3)
+        by_head = (layers, heads, blocks, block_size, head_dim)
+        self.k = _zeros(by_head, dtype, device).permute(0, 2, 3, 1, 4)
+        self.v = _zeros(by_head, dtype, device).permute(0, 2, 3, 1, 4)
         self.num_blocks = shape[1]
         self._free = list(range(shape[1] - 1, -1, -1))  # last in, first out: warm blocks are reused
 

@@ -66,11 +66,12 @@ def _qk_norm_rope_write(
     slot = tl.load(slots + token)
     block, offset = slot // block_size, slot % block_size
     is_k = (head >= num_heads) & (head < num_heads + num_kv_heads) & (slot >= 0)
-    target = k_cache + block * k_block + offset * k_offset + (head - num_heads) * k_head + at
+    own = (head - num_heads).to(tl.int64)  # heads lie a whole cache apart
+    target = k_cache + block * k_block + offset * k_offset + own * k_head + at
     tl.store(target, turned_a, mask=is_k & inside)
     tl.store(target + half, turned_b, mask=is_k & inside)
     is_v = (head >= num_heads + num_kv_heads) & (head < total) & (slot >= 0)
-    target = v_cache + block * v_block + offset * v_offset + (head - num_heads - num_kv_heads) * v_head + at
+    target = v_cache + block * v_block + offset * v_offset + (own - num_kv_heads) * v_head + at
     tl.store(target, first, mask=is_v & inside)
     tl.store(target + half, second, mask=is_v & inside)
 
