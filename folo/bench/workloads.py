@@ -182,6 +182,9 @@ class _RandomWeights:
         else:
             out.normal_(0, out.shape[1] ** -0.5, generator=self._numbers)
 
+    def quantized(self, module: str, shape: tuple[int, ...]) -> None:
+        return None
+
 
 def random_model(config: DecoderConfig, seed: int = 0) -> Params:
     """A decoder of random weights on the CPU, packed: for what they cost, not what they say."""

@@ -17,6 +17,7 @@ from folo.model.config import DecoderConfig
 from folo.model.params import Layer, Linear, Params
 from folo.ops import reference
 from folo.ops.packed import Packed
+from folo.ops.stacked import Weight
 
 # attend(layer, qkv [T, (Hq + 2 Hkv) E], angles [T, E]) -> [T, Hq E]
 Attend = Callable[[Layer, Tensor, Tensor], Tensor]
@@ -120,7 +121,7 @@ def layer_in_heap(
     return decoder_layer(attend, layer, next_norm, x, residual, angles, eps)
 
 
-def _all_packed(weights: tuple[Tensor | Packed, ...]) -> TypeGuard[tuple[Packed, ...]]:
+def _all_packed(weights: tuple[Weight, ...]) -> TypeGuard[tuple[Packed, ...]]:
     return all(isinstance(weight, Packed) for weight in weights)
 
 
@@ -145,7 +146,7 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
 
     Raises:
         ConfigError: token_ids is not one-dimensional and non-empty, or longer than the model allows; or
-            packed params under a transform.
+            packed or quantised params under a transform.
     """
     config = params.config
     if token_ids.ndim != 1 or not token_ids.numel():
@@ -169,6 +170,10 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
         return decoder_layer(attend, *args, eps=config.rms_norm_eps, op=reference)
 
     if _differentiated(params):
+        if params.quantized:
+            raise ConfigError(
+                "quantised weights cannot be differentiated or transformed: load the dense model"
+            )
         if params.packed:
             raise ConfigError(
                 "packed weights cannot be differentiated or transformed: folo.load(..., pack=False)"
