@@ -1,4 +1,4 @@
-"""The command line: `folo generate` and `folo info`.
+"""The command line: `folo generate` and `folo info`; `quantize`, `eval` and `bench` are registered here.
 
 Results go to standard output; progress, metrics and errors to standard error. Exit codes: 0; 2 for bad
 input, with one line that says what is wrong; 130 after Ctrl-C; 141 when the reader of the output is gone.
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import folo
 from folo.bench import command as bench
 from folo.errors import ConfigError, FoloError, RequestError
+from folo.quant import command as quant
 
 if TYPE_CHECKING:
     from folo.llm import LLM
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="folo", description="A purely functional LLM inference engine for PyTorch.")
     parser.add_argument("--version", action="version", version=f"folo {folo.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for register in (_register_generate, _register_info, bench.register):
+    for register in (_register_generate, _register_info, quant.register, bench.register):
         register(commands)
     return parser
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -41,14 +41,26 @@ def hidden_states(
     `run_layer` is `decoder_layer` from its second argument on, given the layer's number first. `op`
     holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
     """
+    x, residual, angles = embedded(params, token_ids, positions, op)
+    for index, (layer, next_norm) in enumerate(layers_with_next_norm(params)):
+        x, residual = run_layer(index, layer, next_norm, x, residual, angles)
+    return x
+
+
+def embedded(
+    params: Params, token_ids: Tensor, positions: Tensor, op: Any = ops
+) -> tuple[Tensor, Tensor, Tensor]:
+    """token_ids and positions int64 `[T]` -> the first layer's x, residual `[T, D]` and angles `[T, E]`."""
     angles = op.rope_angles(positions, _inv_freq(params.config, params.dtype, params.device))
     embed = params.embed
     residual = embed.rows(token_ids) if isinstance(embed, Packed) else embed[token_ids]
-    x = op.rms_norm(residual, params.layers[0].input_norm, params.config.rms_norm_eps)
+    return op.rms_norm(residual, params.layers[0].input_norm, params.config.rms_norm_eps), residual, angles
+
+
+def layers_with_next_norm(params: Params) -> Iterator[tuple[Layer, Tensor]]:
+    """Each layer, and the norm of the one after it, which closes the layer: see `decoder_layer`."""
     following = (*(layer.input_norm for layer in params.layers[1:]), params.norm)
-    for index, (layer, next_norm) in enumerate(zip(params.layers, following, strict=True)):
-        x, residual = run_layer(index, layer, next_norm, x, residual, angles)
-    return x
+    return zip(params.layers, following, strict=True)
 
 
 def decoder_layer(
