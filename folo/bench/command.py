@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from folo.bench import ablation, compare, growth, host, invariance, kernels, serving, timeline
+from folo.bench import ablation, compare, gptq, growth, host, invariance, kernels, serving, timeline
 
-_BENCHMARKS = (serving, compare, kernels, growth, ablation, host, invariance, timeline)
+_BENCHMARKS = (serving, compare, kernels, gptq, growth, ablation, host, invariance, timeline)
 
 
 def register(commands: Any) -> None:
