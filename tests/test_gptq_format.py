@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import folo
-from folo import ops
+from folo import cli, ops
 from folo.model.export import export
 from folo.ops.packed import Packed
 from folo.ops.quantized import BITS, Grouped, Quantized, quantized
@@ -190,6 +191,16 @@ class TestWhatIsQuantised:
         with pytest.raises(folo.ConfigError, match="quantised in more than one way"):
             export(params, tmp_path / "b")
         assert not (tmp_path / "b").exists()
+
+
+def test_info_says_what_the_weights_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gptq_checkpoint(tmp_path, Style(group_size=64))
+    params = load(tmp_path)
+    assert cli.main(["info", str(tmp_path)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("weights"))
+    starts = [leaf.numel() for leaf in tree_leaves(params) if leaf.dtype == torch.int32 and leaf.ndim == 1]
+    size = (params.num_bytes - 4 * sum(starts)) / 2**10
+    assert line.removeprefix("weights").strip() == f"{size:.1f} KiB in float32, layers quantised"
 
 
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])

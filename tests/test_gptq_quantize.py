@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch import Tensor
 
 import folo
 from folo import cli, quant
+from folo.model.forward import embedded, layers_with_next_norm, logits
+from folo.model.params import Linear
 from folo.ops.quantized import Grouped, Quantized, quantized
+from folo.quant import decoder
 from folo.quant.gptq import gptq, relative_error
 from folo.quant.write import write
 
@@ -138,6 +142,27 @@ def test_a_model_is_quantised_layer_by_layer(config: quant.QuantConfig, tiny: fo
     assert params.embed is tiny.embed
     ids = torch.tensor(CALIBRATION[0])
     assert folo.model.forward(params, ids).isfinite().all()
+
+
+def test_layers_are_fitted_to_what_the_model_computes(tiny: folo.Params) -> None:
+    """While nothing is rounded, the sequences that pass through the layers are those of `forward`."""
+    inputs: dict[str, list[Tensor]] = {}
+
+    def quantised(name: str, linear: Linear, rows: Sequence[Tensor]) -> Linear:
+        inputs[name] = list(rows)
+        return linear
+
+    streams = [embedded(tiny, torch.tensor(ids), torch.arange(len(ids))) for ids in CALIBRATION]
+    for layer, next_norm in layers_with_next_norm(tiny):
+        _, streams = decoder.quantised_layer(tiny.config, layer, next_norm, streams, quantised)
+    for ids, (x, _, _) in zip(CALIBRATION, streams, strict=True):
+        assert torch.equal(logits(tiny, x), folo.model.forward(tiny, torch.tensor(ids)))
+    assert [rows.shape for rows in inputs["down"]] == [(48, 128)] * len(CALIBRATION)
+    weights = torch.ones(48, 1, dtype=torch.float64)
+    weights[0] = 48 / 8  # what is attended to most
+    expected = sum(rows.double().t() @ (weights * rows.double()) for rows in inputs["down"])
+    assert isinstance(expected, Tensor)
+    assert torch.allclose(decoder.hessian(inputs["down"]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_input_gives_the_same_bytes(tiny: folo.Params, threads: None) -> None:

@@ -94,6 +94,19 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def num_bytes(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[int, bool]:
+    """Of the weights once they are loaded, but for padding; and whether some are quantised."""
+    total, quantised = 0, False
+    for name, shape in tensor_shapes(config).items():
+        parts = {part.rpartition(".")[2]: size for part, size in checkpoint.parts(name, shape).items()}
+        if "qweight" in parts:  # with a byte for each zero
+            total += 4 * math.prod(parts["qweight"]) + 3 * math.prod(parts["scales"])
+            quantised = True
+        else:
+            total += math.prod(shape) * config.dtype.itemsize
+    return total, quantised
+
+
 def _fused(config: DecoderConfig) -> int:
     """Elements of the larger of a layer's fused weights."""
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim

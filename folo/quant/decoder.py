@@ -18,6 +18,7 @@ from folo.ops.packed import Packed
 from folo.ops.stacked import Weight
 from folo.quant.gptq import QuantConfig, gptq, relative_error
 
+_SINK = 1 / 8  # of a sequence: what its first token counts as
 _BLOCK = 16  # K and V of a calibration sequence lie in blocks: the attention op knows no other layout
 
 # report(layer's name, relative error of its output)
@@ -57,15 +58,15 @@ def quantize(
         for index, (layer, next_norm) in enumerate(layers_with_next_norm(params)):
 
             def quantised(name: str, linear: Linear, inputs: Sequence[Tensor], index: int = index) -> Linear:
-                weight, hessian = _plain(linear.weight), _hessian(inputs)
-                found = ops.quantized(gptq(weight, hessian, config))
-                error = relative_error(weight, found.plain(), hessian)
+                weight, products = _plain(linear.weight), hessian(inputs)
+                found = ops.quantized(gptq(weight, products, config))
+                error = relative_error(weight, found.plain(), products)
                 progress.set_postfix_str(f"{name} error {error:.1e}")
                 if report is not None:
                     report(f"model.layers.{index}.{name}", error)
                 return Linear(found, linear.bias)
 
-            layer, streams = _quantised_layer(params.config, layer, next_norm, streams, quantised)
+            layer, streams = quantised_layer(params.config, layer, next_norm, streams, quantised)
             layers.append(layer)
             progress.update()
     return replace(params, layers=tuple(layers))
@@ -94,7 +95,7 @@ def nearest(params: Params, config: QuantConfig | None = None, use_tqdm: bool = 
 _Stream = tuple[Tensor, Tensor, Tensor]
 
 
-def _quantised_layer(
+def quantised_layer(
     config: DecoderConfig,
     layer: Layer,
     next_norm: Tensor,
@@ -134,10 +135,20 @@ def _attended(config: DecoderConfig, layer: Layer, qkv: Tensor, angles: Tensor) 
     return ops.paged_attention(q, k, v, tables, start, start[1:], config.head_dim**-0.5).flatten(1)
 
 
-def _hessian(inputs: Sequence[Tensor]) -> Tensor:
-    """The sum of x xᵀ over all rows `[K]`, float64 `[K, K]`; by an op that no thread count moves."""
-    columns = (rows.float().t().contiguous() for rows in inputs)
-    return sum((ops.linear(x, x).double() for x in columns), torch.zeros(()))
+def hessian(inputs: Sequence[Tensor]) -> Tensor:
+    """The weighted sum of x xᵀ over the rows `[K]` of sequences `[T, K]`, float64 `[K, K]`.
+
+    The first row counts as T / 8. All later tokens attend to the first, whatever it is (attention sinks, Xiao
+    et al. 2023, https://arxiv.org/abs/2309.17453), and yet it is one row of many: errors that cost nothing
+    elsewhere would be moved there. By an op whose bits do not depend on the number of threads.
+    """
+    total = torch.zeros(())
+    for rows in inputs:
+        weights = torch.ones(len(rows), 1)
+        weights[0] = max(1.0, len(rows) * _SINK) ** 0.5
+        columns = (rows.float() * weights).t().contiguous()
+        total = total + ops.linear(columns, columns).double()
+    return total
 
 
 def _plain(weight: Weight) -> Tensor:
