@@ -158,11 +158,19 @@ def test_layers_are_fitted_to_what_the_model_computes(tiny: folo.Params) -> None
     for ids, (x, _, _) in zip(CALIBRATION, streams, strict=True):
         assert torch.equal(logits(tiny, x), folo.model.forward(tiny, torch.tensor(ids)))
     assert [rows.shape for rows in inputs["down"]] == [(48, 128)] * len(CALIBRATION)
-    weights = torch.ones(48, 1, dtype=torch.float64)
-    weights[0] = 48 / 8  # what is attended to most
-    expected = sum(rows.double().t() @ (weights * rows.double()) for rows in inputs["down"])
-    assert isinstance(expected, Tensor)
-    assert torch.allclose(decoder.hessian(inputs["down"]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_count_alike_but_the_first_which_all_attend_to() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, 20, generator=numbers) * 10.0**scale for n, scale in ((48, 6), (3, 0))]
+    inputs[0][7] = 0
+    expected = torch.zeros(20, 20, dtype=torch.float64)
+    for rows, first in zip(inputs, (48 / 8, 1), strict=True):
+        for place, row in enumerate(rows.double()):
+            square = row.square().mean()
+            if square:
+                expected += torch.outer(row, row) / square * (first if place == 0 else 1)
+    assert torch.allclose(decoder.hessian(inputs), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_the_same_input_gives_the_same_bytes(tiny: folo.Params, threads: None) -> None:

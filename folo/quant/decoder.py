@@ -136,17 +136,19 @@ def _attended(config: DecoderConfig, layer: Layer, qkv: Tensor, angles: Tensor) 
 
 
 def hessian(inputs: Sequence[Tensor]) -> Tensor:
-    """The weighted sum of x xᵀ over the rows `[K]` of sequences `[T, K]`, float64 `[K, K]`.
+    """The sum of x xᵀ over the rows `[K]` of sequences `[T, K]`, each of mean square 1, float64 `[K, K]`.
 
-    The first row counts as T / 8. All later tokens attend to the first, whatever it is (attention sinks, Xiao
-    et al. 2023, https://arxiv.org/abs/2309.17453), and yet it is one row of many: errors that cost nothing
-    elsewhere would be moved there. By an op whose bits do not depend on the number of threads.
+    What counts of a token is its error relative to its size: a few tokens have activations a thousand times
+    those of others (Sun et al. 2024, https://arxiv.org/abs/2402.17762), and would be all that counts. The
+    first of a sequence counts as T / 8: all later ones attend to it, whatever it is (attention sinks, Xiao et
+    al. 2023, https://arxiv.org/abs/2309.17453), and errors that cost nothing elsewhere would be moved there.
+    By ops whose bits do not depend on the number of threads.
     """
     total = torch.zeros(())
-    for rows in inputs:
-        weights = torch.ones(len(rows), 1)
-        weights[0] = max(1.0, len(rows) * _SINK) ** 0.5
-        columns = (rows.float() * weights).t().contiguous()
+    for rows in map(torch.Tensor.float, inputs):
+        rows = ops.rms_norm(rows, torch.ones(rows.shape[1]), 0.0).nan_to_num()
+        rows[0] *= max(1.0, len(rows) * _SINK) ** 0.5
+        columns = rows.t().contiguous()
         total = total + ops.linear(columns, columns).double()
     return total
 
