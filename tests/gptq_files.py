@@ -71,6 +71,22 @@ def random_layer(n: int, k: int, style: Style, seed: int) -> tuple[dict[str, Arr
     return tensors, np.ascontiguousarray(weight.T)
 
 
+def unpack_words(words: Array, bits: int) -> Array:
+    """What `pack_words` packed: int32 `[C * bits / 32, R]` -> `[C, R]`."""
+    per = 32 // bits
+    rows = [(words.view(np.uint32)[c // per] >> np.uint32(bits * (c % per))) for c in range(len(words) * per)]
+    return np.stack(rows).astype(np.int64) & (2**bits - 1)
+
+
+def weight_of(tensors: dict[str, Array], module: str, bits: int) -> Array:
+    """The float64 weight `[N, K]` that a layer's tensors in format "gptq" stand for."""
+    codes = unpack_words(tensors[f"{module}.qweight"], bits)
+    qzeros = np.ascontiguousarray(tensors[f"{module}.qzeros"].T)
+    zeros = (unpack_words(qzeros, bits).T + 1) & (2**bits - 1)
+    g_idx = tensors[f"{module}.g_idx"]
+    return ((codes - zeros[g_idx]) * tensors[f"{module}.scales"][g_idx].astype(np.float64)).T
+
+
 def gptq_checkpoint(
     path: Path, style: Style = Style(), skip: tuple[str, ...] = (), lm_head: bool = False, **options: Any
 ) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
-from gptq_files import Style, gptq_checkpoint, pack_words, random_layer, set_config
+from gptq_files import Style, gptq_checkpoint, pack_words, random_layer, set_config, weight_of
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -104,6 +105,21 @@ def test_written_and_read_again_nothing_has_changed(style: Style, tmp_path: Path
         assert found[key] == (style.config | {"lm_head": True})[key]
     if style.group_size != -1:
         assert found["desc_act"] == style.desc_act
+
+
+@pytest.mark.parametrize("style", [Style(), Style(bits=8, group_size=48, desc_act=True)], ids=str)
+def test_what_is_written_is_in_the_format(style: Style, tmp_path: Path) -> None:
+    """Read by numpy, from the format's description."""
+    exact = gptq_checkpoint(tmp_path / "a", style)
+    export(load(tmp_path / "a"), tmp_path / "b")
+    tensors = load_numpy(tmp_path / "b" / "model.safetensors")
+    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    assert len(modules) == 2 * 7
+    for module in modules:
+        found = weight_of(tensors, module, style.bits)
+        assert torch.equal(torch.from_numpy(found), exact[f"{module}.weight"]), module
+        assert tensors[f"{module}.scales"].dtype == np.float16
+        assert tensors[f"{module}.g_idx"].dtype == tensors[f"{module}.qweight"].dtype == np.int32
 
 
 def test_the_fingerprint_is_of_every_part(tmp_path: Path) -> None:
