@@ -57,8 +57,8 @@ bool has_amx() {
 // Best first. What is the same source for two of them is compiled once.
 #define FOLO_KERNELS(NAME, ROWS, SAMPLER)                                                                   \
   {                                                                                                        \
-    #NAME, has_##NAME, NAME::linear, NAME::quantized, ROWS::norm, ROWS::silu_mul, ROWS::rope, NAME::attention,              \
-        SAMPLER::philox, SAMPLER::penalize, SAMPLER::warp, SAMPLER::draw, SAMPLER::logprobs                \
+    #NAME, has_##NAME, NAME::linear, NAME::quantized, ROWS::norm, ROWS::silu_mul, ROWS::rope,              \
+        NAME::attention, SAMPLER::philox, SAMPLER::penalize, SAMPLER::warp, SAMPLER::draw, SAMPLER::logprobs \
   }
 const Kernels kKernels[] = {
     FOLO_KERNELS(amx, avx512_bf16, avx512),
@@ -158,7 +158,8 @@ Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scal
     return reference<Tensor>("folo_reference::quantized_linear", x, codes, scales, zeros, starts, columns, n, bias);
   if (bias) same_dtype(x, {&*bias});
   const Tensor rows = x.contiguous(), first = starts.contiguous();
-  const Maybe places = columns ? Maybe(columns->contiguous()) : Maybe(), biases = bias ? Maybe(bias->contiguous()) : Maybe();
+  const Maybe places = columns ? Maybe(columns->contiguous()) : Maybe();
+  const Maybe biases = bias ? Maybe(bias->contiguous()) : Maybe();
   const int64_t k = rows.size(1), tiles = (n + 15) / 16, blocks = codes.size(1), groups = scales.size(1);
   TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous() &&
                   codes.scalar_type() == at::kInt && scales.scalar_type() == at::kHalf &&
