@@ -252,7 +252,7 @@ class TestInfo:
     def test_describes_a_directory_without_loading_it(
         self, model: str, llm: LLM, capsys: Captured, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("folo.model.load._assemble", lambda *args: pytest.fail("loaded"))
+        monkeypatch.setattr("folo.model.load.assemble", lambda *args: pytest.fail("loaded"))
         assert main(["info", model]) == 0
         rows = self.rows(capsys)
         assert rows["architecture"] == "LlamaForCausalLM"
