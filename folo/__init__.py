@@ -4,7 +4,7 @@ batch         = folo.schedule(state)
 state, tokens = folo.step(params, state, batch)
 """
 
-from folo import model, sampling
+from folo import model, quant, sampling
 from folo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folo.engine import LLMEngine
 from folo.errors import (
@@ -80,6 +80,7 @@ __all__ = [
     "load_tokenizer",
     "model",
     "outputs",
+    "quant",
     "rebind",
     "reconfigure",
     "restore",

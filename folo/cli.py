@@ -1,4 +1,4 @@
-"""The command line: `folo generate` and `folo info`.
+"""The command line: `folo generate` and `folo info`; `quantize`, `eval` and `bench` are registered here.
 
 Results go to standard output; progress, metrics and errors to standard error. Exit codes: 0; 2 for bad
 input, with one line that says what is wrong; 130 after Ctrl-C; 141 when the reader of the output is gone.
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import folo
 from folo.bench import command as bench
 from folo.errors import ConfigError, FoloError, RequestError
+from folo.quant import command as quant
 
 if TYPE_CHECKING:
     from folo.llm import LLM
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="folo", description="A purely functional LLM inference engine for PyTorch.")
     parser.add_argument("--version", action="version", version=f"folo {folo.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for register in (_register_generate, _register_info, bench.register):
+    for register in (_register_generate, _register_info, quant.register, bench.register):
         register(commands)
     return parser
 
@@ -241,7 +242,7 @@ def _metrics_table(outputs: Sequence[RequestOutput], seconds: float) -> Iterator
 def _info(args: argparse.Namespace) -> None:
     import torch
 
-    from folo.model.load import open_checkpoint
+    from folo.model.load import num_bytes, open_checkpoint
     from folo.model.locate import locate
 
     path = locate(args.model)
@@ -249,18 +250,19 @@ def _info(args: argparse.Namespace) -> None:
     config = checkpoint.config(
         checkpoint.stored_dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     )
-    rows = {"model": path.name if args.model is None else args.model, **_described(config)}
+    described = _described(config, *num_bytes(checkpoint, config))
+    rows = {"model": path.name if args.model is None else args.model, **described}
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:{width}}  {value}")
 
 
-def _described(config: DecoderConfig) -> dict[str, str]:
+def _described(config: DecoderConfig, weights: int, quantised: bool) -> dict[str, str]:
     from folo.config import CacheConfig
     from folo.model.load import tensor_shapes
 
     num_parameters = sum(math.prod(shape) for shape in tensor_shapes(config).values())
-    weights = num_parameters * config.dtype.itemsize
+    dtype = str(config.dtype).removeprefix("torch.")
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * config.dtype.itemsize
     rows = {
         "architecture": config.architecture,
@@ -269,7 +271,7 @@ def _described(config: DecoderConfig) -> dict[str, str]:
         "vocabulary": f"{config.vocab_size:,} tokens",
         "context": f"{config.max_position_embeddings:,} tokens",
         "parameters": f"{num_parameters / 1e6:,.1f} M",
-        "weights": f"{_size(weights)} in {str(config.dtype).removeprefix('torch.')}",
+        "weights": f"{_size(weights)} in {dtype}{', layers quantised' if quantised else ''}",
         "K/V per token": _size(per_token),
         "KV heap": f"{CacheConfig().kv_cache_gib:.1f} GiB by default on a CPU: {_default_heap(config)}",
     }

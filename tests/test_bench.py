@@ -17,14 +17,14 @@ from engine import prompt
 from graphs import Recorded
 
 import folo
-from folo.bench import gpu, graph, kernels, report, workloads
+from folo.bench import gptq, gpu, graph, kernels, report, workloads
 from folo.bench.ablation import QUICK, Bench, token_times
 from folo.bench.compare import Comparison, PeerError, Worker, figure
 from folo.bench.peers import OWN
 from folo.bench.recording import StepRecord, lanes, recorded
 from folo.bench.serving import WORKLOADS, workload
 from folo.bench.timeline import plot, trace
-from folo.bench.workloads import Arrival, at_once, miniature, request
+from folo.bench.workloads import QWEN3_600M, Arrival, at_once, miniature, random_model, request
 from folo.cli import main
 from folo.ops import cpu
 
@@ -333,6 +333,23 @@ class TestKernels:
         assert (one.op, one.num_bytes, one.operations) == ("linear", 2 * 48 * 32 + 2 * (32 + 48), 2 * 48 * 32)
         assert prefill.operations == 4 * (2048 * 2049 // 2) * 4 * 16
         assert one.share == one.num_bytes / 1e9 / one.seconds
+
+
+class TestGptq:
+    def test_compares_linear_layers_and_steps(self) -> None:
+        one = gptq.linears([(48, 256), (32, 128)], batch=3, copies=2)
+        assert (one.what, one.batch, one.faster) == ("linear layers", 3, one.dense / one.quantised)
+        config = replace(QWEN3_600M, num_layers=2, hidden_size=128, intermediate_size=256, vocab_size=512)
+        found = gptq.steps(replace(config, num_heads=2, num_kv_heads=2), batches=(1, 2))
+        assert [(ratio.what, ratio.batch) for ratio in found] == [("decode step", 1), ("decode step", 2)]
+        assert all(ratio.dense > 0 and ratio.quantised > 0 for ratio in found)
+
+    def test_random_models_of_4_bits_take_little_memory(self) -> None:
+        config = replace(QWEN3_600M, num_layers=1, vocab_size=512)
+        dense, quantised = random_model(config), random_model(config, bits=4)
+        head = 2 * config.vocab_size * config.hidden_size
+        assert quantised.num_parameters == dense.num_parameters
+        assert (quantised.num_bytes - head) / (dense.num_bytes - head) < 0.29
 
 
 class TestCommand:

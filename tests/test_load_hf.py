@@ -226,7 +226,6 @@ def test_sampling_defaults_come_from_the_generation_config() -> None:
         ({"head_dim": 15}, "head_dim is 15"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config \(awq\)"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "Rope type 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "Rope type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "required key 'low_freq_factor'"),

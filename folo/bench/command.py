@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from folo.bench import ablation, compare, gpu, graph, growth, host, invariance, kernels, serving, timeline
+from folo.bench import (
+    ablation,
+    compare,
+    gptq,
+    gpu,
+    graph,
+    growth,
+    host,
+    invariance,
+    kernels,
+    serving,
+    timeline,
+)
 
-_BENCHMARKS = (serving, compare, kernels, growth, graph, gpu, ablation, host, invariance, timeline)
+_BENCHMARKS = (serving, compare, kernels, gptq, growth, graph, gpu, ablation, host, invariance, timeline)
 
 
 def register(commands: Any) -> None:

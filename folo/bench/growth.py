@@ -80,7 +80,8 @@ def decoding(params: folo.Params, batch: int, context: int, steps: int) -> folo.
     return state
 
 
-def measure(params: folo.Params, batch: int, context: int, roof: Roofline, steps: int = _STEPS) -> Point:
+def decode_times(params: folo.Params, batch: int, context: int, steps: int = _STEPS) -> list[float]:
+    """Seconds of each of some decode steps of `batch` sequences of `context` tokens."""
     import folo
 
     state, times = decoding(params, batch, context, steps), list[float]()
@@ -91,7 +92,12 @@ def measure(params: folo.Params, batch: int, context: int, roof: Roofline, steps
         begin = time.perf_counter()
         state, _ = folo.step(params, state, ready)
         times.append(time.perf_counter() - begin)
-    return Point(batch, context, median(times[1:]), bound(params, batch, context, roof))
+    return times[1:]
+
+
+def measure(params: folo.Params, batch: int, context: int, roof: Roofline) -> Point:
+    seconds = median(decode_times(params, batch, context))
+    return Point(batch, context, seconds, bound(params, batch, context, roof))
 
 
 def measure_all(params: folo.Params, roof: Roofline, each: Callable[[], object]) -> list[Point]:

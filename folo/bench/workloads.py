@@ -15,6 +15,7 @@ from torch import Tensor
 from folo.model.config import DecoderConfig, RopeConfig
 from folo.model.load import assemble
 from folo.model.params import Layer, Linear, Params
+from folo.ops.quantized import Grouped
 from folo.request import Request
 from folo.sampling import SamplingParams
 
@@ -171,10 +172,11 @@ QWEN3_600M = DecoderConfig(
 
 
 class _RandomWeights:
-    """A checkpoint of normal weights and of norms that are 1."""
+    """A checkpoint of normal weights, or of random codes if it has bits, and of norms that are 1."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, bits: int | None) -> None:
         self._numbers = torch.Generator(device).manual_seed(seed)
+        self._bits = bits
 
     def read(self, name: str, out: Tensor) -> None:
         if out.ndim == 1:
@@ -182,8 +184,28 @@ class _RandomWeights:
         else:
             out.normal_(0, out.shape[1] ** -0.5, generator=self._numbers)
 
+    def quantized(self, module: str, shape: tuple[int, ...]) -> Grouped | None:
+        if self._bits is None or module == "lm_head":
+            return None
+        return random_grouped(shape[0], shape[1], self._bits, self._numbers)
 
-def random_model(config: DecoderConfig, seed: int = 0, device: torch.device | str = "cpu") -> Params:
-    """A decoder of random weights, packed where there is a layout: for what they cost, not what they say."""
+
+def random_grouped(n: int, k: int, bits: int, numbers: torch.Generator) -> Grouped:
+    """A weight `[N, K]` of random codes in groups of 128, of the size that `random_model` has."""
+    device = numbers.device
+    groups = torch.arange(k, device=device) // 128
+    codes = torch.randint(2**bits, (n, k), generator=numbers, dtype=torch.uint8, device=device)
+    size = 12**0.5 / 2**bits * k**-0.5
+    scales = torch.full((-(-k // 128), n), size, dtype=torch.float16, device=device)
+    zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8, device=device)
+    return Grouped(codes, scales, zeros, groups, bits, 128)
+
+
+def random_model(
+    config: DecoderConfig, seed: int = 0, bits: int | None = None, device: torch.device | str = "cpu"
+) -> Params:
+    """A decoder of random weights, packed where there is a layout, or of so many bits: for what they cost,
+    not what they say."""
     device = torch.device(device)
-    return assemble(_RandomWeights(seed, device), config, device, pack=True, use_tqdm=False)
+    weights = _RandomWeights(seed, device, bits)
+    return assemble(weights, config, device, pack=True, use_tqdm=False)

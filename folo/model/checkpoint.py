@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from folo.model.config import DecoderConfig
+from folo.ops.quantized import Grouped
 
 _SLAB_ELEMENTS = 1 << 20
 
@@ -26,8 +27,8 @@ class Checkpoint(Protocol):
         """What `dtype="auto"` stands for."""
         ...
 
-    def stored_name(self, name: str) -> str:
-        """The file's own name for the tensor that transformers calls `name`."""
+    def parts(self, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+        """What has to be stored, by the file's own names, for the tensor that transformers calls `name`."""
         ...
 
     def config(self, dtype: torch.dtype) -> DecoderConfig:
@@ -36,6 +37,10 @@ class Checkpoint(Protocol):
 
     def read(self, name: str, out: Tensor) -> None:
         """Fill `out`, which has the stored shape, and any dtype and device."""
+        ...
+
+    def quantized(self, module: str, shape: tuple[int, ...]) -> Grouped | None:
+        """The weight `[N, K]` of a linear layer that is stored in groups of integers; None if it is not."""
         ...
 
 

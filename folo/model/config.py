@@ -169,9 +169,6 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
     """What would change the model's outputs if it were ignored."""
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method", "unnamed")
-        raise LoadError(f"The checkpoint has a quantization_config ({method}), which is not supported.")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise LoadError(f"hidden_act is {activation!r}: only 'silu' is supported.")

@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from folo.errors import ConfigError
+from folo.model import gptq
 from folo.model.config import DecoderConfig
 from folo.model.params import Linear, Params
 from folo.ops.packed import Packed
+from folo.ops.quantized import Grouped, Quantized
+from folo.ops.stacked import Stacked, Weight
 
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
@@ -27,15 +30,18 @@ _MODEL_TYPES = {
 def export(params: Params, path: str | os.PathLike[str]) -> None:
     """Write config.json, generation_config.json and model.safetensors into the directory `path`.
 
-    It is made if it is not there. The weights are written as they are: `folo.load` on the directory gives
-    parameters of the same fingerprint. The tokenizer is not part of `params`:
-    `folo.load_tokenizer(model).save_pretrained(path)` adds it.
+    It is made if it is not there. The weights are written as they are, quantised ones in AutoGPTQ's format
+    "gptq": `folo.load` on the directory gives parameters of the same fingerprint. The tokenizer is not part
+    of `params`: `folo.load_tokenizer(model).save_pretrained(path)` adds it.
 
     Raises:
-        ConfigError: config.json has no words for this decoder; nothing is written.
+        ConfigError: config.json has no words for this decoder, or for layers that are quantised in more than
+            one way; nothing is written.
         OSError: the files cannot be written.
     """
     config, generation = _hf_config(params.config), _generation_config(params.config)
+    if params.quantized:
+        config["quantization_config"] = _quantization_config(params)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_file(dict(named_tensors(params)), path / "model.safetensors", metadata={"format": "pt"})
@@ -47,38 +53,66 @@ def export(params: Params, path: str | os.PathLike[str]) -> None:
 def named_tensors(params: Params) -> Iterator[tuple[str, Tensor]]:
     """Every weight in plain layout and contiguous, by its name in transformers' state dict.
 
-    Copies where the layout differs, one at a time.
+    Quantised ones by the names of `folo.model.gptq`. Copies where the layout differs, one at a time.
     """
-    config = params.config
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    inner = config.intermediate_size
-
-    def linear(prefix: str, weights: Linear, parts: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
-        for kind, tensor in (("weight", weights.weight), ("bias", weights.bias)):
-            if tensor is not None:
-                for name, part in zip(parts, _plain(tensor).split(list(parts.values())), strict=True):
-                    yield f"{prefix}.{name}.{kind}", part.contiguous()
-
     yield "model.embed_tokens.weight", _plain(params.embed)
     for index, layer in enumerate(params.layers):
         prefix = f"model.layers.{index}"
         yield f"{prefix}.input_layernorm.weight", layer.input_norm
         yield f"{prefix}.post_attention_layernorm.weight", layer.post_norm
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        yield from linear(attention, layer.qkv, {"q_proj": queries, "k_proj": keys, "v_proj": keys})
-        yield from linear(attention, layer.out, {"o_proj": config.hidden_size})
         if layer.q_norm is not None and layer.k_norm is not None:
-            yield f"{attention}.q_norm.weight", layer.q_norm
-            yield f"{attention}.k_norm.weight", layer.k_norm
-        yield from linear(mlp, layer.gate_up, {"gate_proj": inner, "up_proj": inner})
-        yield from linear(mlp, layer.down, {"down_proj": config.hidden_size})
+            yield f"{prefix}.self_attn.q_norm.weight", layer.q_norm
+            yield f"{prefix}.self_attn.k_norm.weight", layer.k_norm
     yield "model.norm.weight", params.norm
+    for names, linear in _linears(params):
+        heights = list(names.values())
+        for name, weight in zip(names, _split(linear.weight, heights), strict=True):
+            if isinstance(weight, Grouped):
+                yield from ((f"{name}.{kind}", tensor) for kind, tensor in gptq.tensors(weight))
+            else:
+                yield f"{name}.weight", weight.contiguous()
+        if linear.bias is not None:
+            for name, bias in zip(names, linear.bias.detach().split(heights), strict=True):
+                yield f"{name}.bias", bias.contiguous()
+
+
+def _linears(params: Params) -> Iterator[tuple[dict[str, int], Linear]]:
+    """Every linear layer, with the modules that it is made of in transformers, and the outputs of each."""
+    config = params.config
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    inner = config.intermediate_size
+    for index, layer in enumerate(params.layers):
+        attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+        qkv = {f"{attention}.q_proj": queries, f"{attention}.k_proj": keys, f"{attention}.v_proj": keys}
+        yield qkv, layer.qkv
+        yield {f"{attention}.o_proj": config.hidden_size}, layer.out
+        yield {f"{mlp}.gate_proj": inner, f"{mlp}.up_proj": inner}, layer.gate_up
+        yield {f"{mlp}.down_proj": config.hidden_size}, layer.down
     if params.lm_head is not None:
-        yield "lm_head.weight", _plain(params.lm_head.weight)
+        yield {"lm_head": config.vocab_size}, params.lm_head
+
+
+def _split(weight: Weight, heights: list[int]) -> Iterator[Tensor | Grouped]:
+    if isinstance(weight, Stacked):
+        for part in weight.parts:
+            yield from _split(part, [part.shape[0]])
+    elif isinstance(weight, Quantized):
+        yield from weight.grouped().split(heights)
+    else:
+        yield from _plain(weight).split(heights)
 
 
 def _plain(weight: Tensor | Packed) -> Tensor:
     return weight.plain() if isinstance(weight, Packed) else weight.detach()
+
+
+def _quantization_config(params: Params) -> dict[str, Any]:
+    """For config.json. Raises ConfigError if it is not the same for all quantised layers."""
+    split = (_split(linear.weight, list(names.values())) for names, linear in _linears(params))
+    found = gptq.described([part for parts in split for part in parts if isinstance(part, Grouped)])
+    if found is None:
+        raise ConfigError("the layers are quantised in more than one way: the format has one for all")
+    return found | {"lm_head": params.lm_head is not None and isinstance(params.lm_head.weight, Quantized)}
 
 
 def _hf_config(config: DecoderConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
@@ -18,6 +18,7 @@ from folo.model.params import Layer, Linear, Params
 from folo.ops import reference
 from folo.ops.attention import BACKENDS, attention_backend
 from folo.ops.packed import Packed
+from folo.ops.stacked import Weight
 
 # attend(layer, qkv [T, (Hq + 2 Hkv) E], angles [T, E]) -> [T, Hq E]
 Attend = Callable[[Layer, Tensor, Tensor], Tensor]
@@ -41,14 +42,26 @@ def hidden_states(
     `run_layer` is `decoder_layer` from its second argument on, given the layer's number first. `op`
     holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
     """
+    x, residual, angles = embedded(params, token_ids, positions, op)
+    for index, (layer, next_norm) in enumerate(layers_with_next_norm(params)):
+        x, residual = run_layer(index, layer, next_norm, x, residual, angles)
+    return x
+
+
+def embedded(
+    params: Params, token_ids: Tensor, positions: Tensor, op: Any = ops
+) -> tuple[Tensor, Tensor, Tensor]:
+    """token_ids and positions int64 `[T]` -> the first layer's x, residual `[T, D]` and angles `[T, E]`."""
     angles = op.rope_angles(positions, params.inv_freq)
     embed = params.embed
     residual = embed.rows(token_ids) if isinstance(embed, Packed) else embed[token_ids]
-    x = op.rms_norm(residual, params.layers[0].input_norm, params.config.rms_norm_eps)
+    return op.rms_norm(residual, params.layers[0].input_norm, params.config.rms_norm_eps), residual, angles
+
+
+def layers_with_next_norm(params: Params) -> Iterator[tuple[Layer, Tensor]]:
+    """Each layer, and the norm of the one after it, which closes the layer: see `decoder_layer`."""
     following = (*(layer.input_norm for layer in params.layers[1:]), params.norm)
-    for index, (layer, next_norm) in enumerate(zip(params.layers, following, strict=True)):
-        x, residual = run_layer(index, layer, next_norm, x, residual, angles)
-    return x
+    return zip(params.layers, following, strict=True)
 
 
 def decoder_layer(
@@ -114,7 +127,7 @@ def layer_in_heap(
     return decoder_layer(attend, layer, next_norm, x, residual, angles, eps)
 
 
-def _all_packed(weights: tuple[Tensor | Packed, ...]) -> TypeGuard[tuple[Packed, ...]]:
+def _all_packed(weights: tuple[Weight, ...]) -> TypeGuard[tuple[Packed, ...]]:
     return all(isinstance(weight, Packed) for weight in weights)
 
 
@@ -144,7 +157,7 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
 
     Raises:
         ConfigError: token_ids is not one-dimensional and non-empty, or longer than the model allows; or
-            packed params under a transform.
+            packed or quantised params under a transform.
     """
     config = params.config
     if token_ids.ndim != 1 or not token_ids.numel():
@@ -168,6 +181,10 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
         return decoder_layer(attend, *args, eps=config.rms_norm_eps, op=reference)
 
     if _differentiated(params):
+        if params.quantized:
+            raise ConfigError(
+                "quantised weights cannot be differentiated or transformed: load the dense model"
+            )
         if params.packed:
             raise ConfigError(
                 "packed weights cannot be differentiated or transformed: folo.load(..., pack=False)"

@@ -89,7 +89,13 @@ class GGUFFile:
             return torch.bfloat16
         return torch.float16 if "F16" in types else torch.float32
 
-    def stored_name(self, name: str) -> str:
+    def parts(self, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+        return {self._stored_name(name): shape}
+
+    def quantized(self, module: str, shape: tuple[int, ...]) -> None:
+        return None  # block formats are dequantised as they are read
+
+    def _stored_name(self, name: str) -> str:
         module, kind = name.rsplit(".", 1)
         if module in _TOP_NAMES:
             return f"{_TOP_NAMES[module]}.{kind}"
@@ -136,7 +142,7 @@ class GGUFFile:
         )
 
     def read(self, name: str, out: Tensor) -> None:
-        tensor = self._tensors[self.stored_name(name)]
+        tensor = self._tensors[self._stored_name(name)]
         order = self._row_order(name, tensor)
         for rows in row_slabs(tensor.shape):
             slab = self._dequantise(tensor, rows).to(out.device, out.dtype)

@@ -21,6 +21,8 @@ from folo.model.params import Layer, Linear, Params
 from folo.model.safetensors import SafetensorsDirectory
 from folo.ops.memory import Arena
 from folo.ops.packed import Packed
+from folo.ops.quantized import Grouped, joined
+from folo.ops.stacked import Stacked, Weight
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _REDUNDANT = "rotary_emb.inv_freq"  # old checkpoints store what the configuration determines
@@ -92,6 +94,19 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def num_bytes(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[int, bool]:
+    """Of the weights once they are loaded, but for padding; and whether some are quantised."""
+    total, quantised = 0, False
+    for name, shape in tensor_shapes(config).items():
+        parts = {part.rpartition(".")[2]: size for part, size in checkpoint.parts(name, shape).items()}
+        if "qweight" in parts:  # with a byte for each zero
+            total += 4 * math.prod(parts["qweight"]) + 3 * math.prod(parts["scales"])
+            quantised = True
+        else:
+            total += math.prod(shape) * config.dtype.itemsize
+    return total, quantised
+
+
 def _fused(config: DecoderConfig) -> int:
     """Elements of the larger of a layer's fused weights."""
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -132,14 +147,16 @@ def _resolve_device(device: str | torch.device) -> torch.device:
 
 def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
     """The file holds the tensors that the decoder has, of the same shapes, and no others."""
-    expected = {checkpoint.stored_name(name): shape for name, shape in tensor_shapes(config).items()}
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in tensor_shapes(config).items():
+        expected |= checkpoint.parts(name, shape)
     stored = checkpoint.shapes
     for name, shape in expected.items():
         if name not in stored:
             raise LoadError(f"The checkpoint lacks the tensor {name} {list(shape)}.")
         if stored[name] != shape:
             raise LoadError(f"{name} has shape {list(stored[name])}; the configuration says {list(shape)}.")
-    harmless = {checkpoint.stored_name("lm_head.weight")} if config.tie_word_embeddings else set()
+    harmless = checkpoint.parts("lm_head.weight", ()) if config.tie_word_embeddings else ()
     surplus = [n for n in stored if n not in expected and n not in harmless and not n.endswith(_REDUNDANT)]
     if surplus:
         more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
@@ -153,6 +170,10 @@ class Weights(Protocol):
 
     def read(self, name: str, out: Tensor) -> None:
         """Fill `out`, of the stored shape; any dtype and device."""
+        ...
+
+    def quantized(self, module: str, shape: tuple[int, ...]) -> Grouped | None:
+        """The weight of a linear layer that is stored in groups of integers; None if it is not."""
         ...
 
 
@@ -186,10 +207,27 @@ def assemble(
         def laid_out(*names: str) -> Tensor | Packed:
             return stack(*names) if buffer is None else ops.packed(stack(*names, memory=buffer), arena)
 
+        def weight(*modules: str) -> Weight:
+            """Of layers that read the same input: one tensor, if they can be."""
+            names = [f"{module}.weight" for module in modules]
+            stored = [weights.quantized(module, shapes[f"{module}.weight"]) for module in modules]
+            found = [part and part.to(device) for part in stored]
+            quantised = [part for part in found if part is not None]
+            progress.update(len(quantised))
+            if not quantised:
+                return laid_out(*names)
+            if len(quantised) == len(found) and all(map(quantised[0].joins, quantised)):
+                return ops.quantized(joined(quantised), arena)
+            return Stacked(
+                tuple(
+                    laid_out(name) if part is None else ops.quantized(part, arena)
+                    for name, part in zip(names, found, strict=True)
+                )
+            )
+
         def linear(*modules: str) -> Linear:
-            weight = laid_out(*(f"{module}.weight" for module in modules))
             biases = [f"{module}.bias" for module in modules]
-            return Linear(weight, stack(*biases) if biases[0] in shapes else None)
+            return Linear(weight(*modules), stack(*biases) if biases[0] in shapes else None)
 
         def layer(prefix: str) -> Layer:
             attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"

@@ -14,13 +14,18 @@ from torch.utils import _pytree as pytree
 
 from folo.model.config import DecoderConfig
 from folo.ops.packed import Packed
+from folo.ops.quantized import Quantized
+from folo.ops.stacked import Weight
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """`x @ weight.T + bias`. weight `[N, K]`, packed or not, bias `[N]` or None, in the model's dtype."""
+    """`x @ weight.T + bias`. weight `[N, K]`, bias `[N]` or None, in the model's dtype.
 
-    weight: Tensor | Packed
+    The weight may be in another layout (`Packed`, `Stacked`), or of integers with scales (`Quantized`).
+    """
+
+    weight: Weight
     bias: Tensor | None = None
 
 
@@ -61,11 +66,17 @@ class Params:
         """Whether weights are in a backend's own layout, which nothing can be differentiated through."""
         return any(isinstance(weight, Packed) for weight in _weights(self))
 
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are integers with scales, which nothing can be differentiated through."""
+        return any(isinstance(weight, Quantized) for weight in _weights(self))
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the architecture and every weight's name, dtype, shape and bytes. Reads them all.
 
-        Packed weights have the fingerprint of the plain ones.
+        Packed weights have the fingerprint of the plain ones; of quantised ones it is all that they are
+        made of.
         """
         digest = sha256(repr(self.config).encode())
         for path, leaf in pytree.tree_leaves_with_path(self, is_leaf=_is_packed):
@@ -87,15 +98,21 @@ class Params:
     @property
     def num_bytes(self) -> int:
         """Of the weights in memory, but for the padding of packed ones."""
-        return sum(math.prod(weight.shape) * weight.dtype.itemsize for weight in _weights(self))
+        return sum(_num_bytes(weight) for weight in _weights(self))
 
 
 def _is_packed(value: Any) -> bool:
     return isinstance(value, Packed)
 
 
-def _weights(params: Params) -> list[Tensor | Packed]:
-    return pytree.tree_leaves(params, is_leaf=_is_packed)
+def _weights(params: Params) -> list[Tensor | Packed | Quantized]:
+    return pytree.tree_leaves(params, is_leaf=lambda value: isinstance(value, Packed | Quantized))
+
+
+def _num_bytes(weight: Tensor | Packed | Quantized) -> int:
+    if isinstance(weight, Quantized):
+        return weight.num_bytes
+    return math.prod(weight.shape) * weight.dtype.itemsize
 
 
 def _register(cls: type, context: tuple[str, ...] = ()) -> None:

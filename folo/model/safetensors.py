@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from folo.errors import LoadError
+from folo.model import gptq
 from folo.model.checkpoint import row_slabs
 from folo.model.config import DecoderConfig
+from folo.ops.quantized import Grouped
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = (".qweight", ".qzeros", ".g_idx")  # of a GPTQ checkpoint, all int32
+_FIRST = "model.layers.0"
 _PICKLES = (".bin", ".pt", ".pth")
 
 
 class SafetensorsDirectory:
     """A `Checkpoint` of one `model.safetensors`, or of the shards that its index lists.
+
+    Its linear layers may be in GPTQ's format: those that have a `qweight`, not a `weight`.
 
     Raises LoadError if a file is missing, damaged, or a pickle.
     """
@@ -32,6 +39,7 @@ class SafetensorsDirectory:
         self._config = read_json(path / "config.json")
         generation = path / "generation_config.json"
         self._generation = read_json(generation) if generation.exists() else None
+        self._scheme = gptq.find_scheme(path, self._config, read_json)
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -47,17 +55,60 @@ class SafetensorsDirectory:
         """What config.json says; the type of the first tensor if it says nothing."""
         name = self._config.get("dtype") or self._config.get("torch_dtype")
         if name is None:
-            return next(iter(self._dtypes.values()), torch.float32)
+            floats = (dtype for dtype in self._dtypes.values() if dtype.is_floating_point)
+            return next(floats, torch.float32)
         known = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
         if name not in known:
             raise LoadError(f"config.json names the dtype {name!r}: pass dtype='float32' or another to load.")
         return known[name]
 
-    def stored_name(self, name: str) -> str:
-        return name
+    def parts(self, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+        module, _, kind = name.rpartition(".")
+        scheme = self._scheme_of(module)
+        if scheme is None or kind != "weight":
+            return {name: shape}
+        parts: dict[str, tuple[int, ...]] = scheme.parts(shape[0], shape[1])
+        if f"{module}.g_idx" in self._files:
+            parts["g_idx"] = shape[1:]
+        return {f"{module}.{kind}": part for kind, part in parts.items()}
 
     def config(self, dtype: torch.dtype) -> DecoderConfig:
-        return DecoderConfig.from_hf(self._config, self._generation, dtype)
+        """Quantisers add biases where the architecture has none, and untie an output layer to quantise it."""
+        config = DecoderConfig.from_hf(self._config, self._generation, dtype)
+        if self._scheme is None:
+            return config
+
+        def biased(module: str, usual: bool) -> bool:
+            return usual or f"{_FIRST}.{module}.bias" in self._files
+
+        return replace(
+            config,
+            qkv_bias=biased("self_attn.q_proj", config.qkv_bias),
+            o_bias=biased("self_attn.o_proj", config.o_bias),
+            mlp_bias=biased("mlp.gate_proj", config.mlp_bias),
+            tie_word_embeddings=config.tie_word_embeddings and "lm_head.qweight" not in self._files,
+        )
+
+    def quantized(self, module: str, shape: tuple[int, ...]) -> Grouped | None:
+        scheme = self._scheme_of(module)
+        if scheme is None:
+            return None
+
+        def tensor(kind: str) -> Tensor | None:
+            name = f"{module}.{kind}"
+            if name not in self._files:
+                return None
+            out = torch.empty(self._shapes[name], dtype=self._dtypes[name])
+            self.read(name, out)
+            return out
+
+        return gptq.read(scheme, module, shape[1], tensor)
+
+    def _scheme_of(self, module: str) -> gptq.Scheme | None:
+        """How this module's weight is quantised, if it is."""
+        if self._scheme is None or f"{module}.qweight" not in self._files:
+            return None
+        return self._scheme.at(module)
 
     def read(self, name: str, out: Tensor) -> None:
         for rows in row_slabs(tuple(out.shape)):
@@ -71,11 +122,14 @@ class SafetensorsDirectory:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     view = file.get_slice(name)
-                    if view.get_dtype() not in _DTYPES:
-                        raise LoadError(f"{path}: {name} is stored as {view.get_dtype()}, not as floats.")
+                    integers = self._scheme is not None and name.endswith(_INTEGERS)
+                    known = {"I32": torch.int32} if integers else _DTYPES
+                    if view.get_dtype() not in known:
+                        kind = "int32" if integers else "floats"
+                        raise LoadError(f"{path}: {name} is stored as {view.get_dtype()}, not as {kind}.")
                     self._files[name] = path
                     self._shapes[name] = tuple(view.get_shape())
-                    self._dtypes[name] = _DTYPES[view.get_dtype()]
+                    self._dtypes[name] = known[view.get_dtype()]
         except (SafetensorError, OSError) as error:
             raise LoadError(f"{path} is truncated or corrupt: {error}") from error
 

@@ -28,6 +28,7 @@ from folo.ops.library import (
     silu_mul,
     warp,
 )
+from folo.ops.quantized import quantized
 
 __all__ = [
     "add_rms_norm",
@@ -44,6 +45,7 @@ __all__ = [
     "philox",
     "pick_logprobs",
     "qk_norm_rope_write",
+    "quantized",
     "rms_norm",
     "rope_angles",
     "silu_mul",

@@ -16,6 +16,8 @@ from torch import Tensor
 from folo.ops import cpu, cuda, reference, sampler
 from folo.ops.memory import Arena
 from folo.ops.packed import DTYPES, Packed, pack
+from folo.ops.quantized import Quantized
+from folo.ops.stacked import Stacked, Weight
 
 _LIBRARIES = torch.library.Library("folo_reference", "DEF"), torch.library.Library("folo", "DEF")
 
@@ -52,21 +54,33 @@ _packed_gated_linear = _op(
     lambda x, data, n, bias=None: reference.gated_linear(x, Packed(data, (n, x.shape[1])).plain(), bias),
     lambda x, packed, n, bias=None: x.new_empty((x.shape[0], n // 2)),
 )
+_quantized_linear = _op(
+    "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor starts, Tensor? columns, "
+    "int n, Tensor? bias=None) -> Tensor",
+    reference.quantized_linear,
+    lambda x, codes, scales, zeros, starts, columns, n, bias=None: x.new_empty((x.shape[0], n)),
+)
 _op("pack(Tensor weight) -> Tensor", pack, pack)
 
 
-def linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`, whose weight may be packed: that changes no bit."""
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """`reference.linear`, whose weight may be packed, which changes no bit; or quantised, or in parts."""
     if isinstance(weight, Packed):
         return _packed_linear(x, weight.data, weight.shape[0], bias)
+    if isinstance(weight, Quantized):
+        own = weight.codes, weight.scales, weight.zeros, weight.starts, weight.columns
+        return _quantized_linear(x, *own, weight.shape[0], bias)
+    if isinstance(weight, Stacked):
+        biases = [None] * len(weight.parts) if bias is None else bias.split(weight.heights)
+        return torch.cat([linear(x, *part) for part in zip(weight.parts, biases, strict=True)], 1)
     return _linear(x, weight, bias)
 
 
-def gated_linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None = None) -> Tensor:
-    """`reference.gated_linear`, whose weight may be packed: that changes no bit, and saves a pass."""
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """`silu_mul(linear(x, weight, bias))`. A packed weight saves a pass, and changes no bit."""
     if isinstance(weight, Packed):
         return _packed_gated_linear(x, weight.data, weight.shape[0], bias)
-    return silu_mul(_linear(x, weight, bias))
+    return silu_mul(linear(x, weight, bias))
 
 
 def packable(dtype: torch.dtype, device: torch.device) -> bool:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from folo.ops.quantized import stored
 from folo.ops.reduce import row_sum
 
 ROW_TILE = 16  # rows of a matrix product, and query rows of an attention tile
@@ -65,6 +66,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         tiles.append(total)
     out = torch.cat(tiles)[:m, :n] if tiles else a.new_empty((0, n))
     return out.to(x.dtype).contiguous()
+
+
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    starts: Tensor,
+    columns: Tensor | None,
+    n: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`linear` of a `Quantized` weight, dequantised without rounding: x `[M, K]` -> `[M, n]` in x's dtype."""
+    wide = _wide(x)
+    weight = stored(codes, scales, zeros, starts, wide.dtype)[:n]
+    if columns is not None:
+        wide = F.pad(wide, (0, 1))[:, columns]
+    wide = F.pad(wide, (0, weight.shape[1] - wide.shape[1]))
+    return linear(wide, weight, None if bias is None else bias.to(wide.dtype)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -31,6 +31,7 @@ _ISAS = {
 # What has nothing to gain from an instruction set is not compiled for it.
 _UNITS = {
     "linear": ("avx2", "avx512", "avx512_bf16", "amx"),
+    "quantized": ("avx2", "avx512", "avx512_bf16", "amx"),
     "attention": ("avx2", "avx512", "avx512_bf16", "amx"),
     "norm": ("avx2", "avx512", "avx512_bf16"),
     "rope": ("avx2", "avx512", "avx512_bf16"),

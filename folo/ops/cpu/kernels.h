@@ -7,6 +7,13 @@ namespace folo {
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
 struct Linear {
   Dtype dtype;
   const void* x;       // [m, k]
@@ -16,6 +23,19 @@ struct Linear {
   int64_t m, n, k;
   bool gated;  // the first half of the columns is a gate's, and out [m, n / 2] is silu(gate) times the other;
                // n is a multiple of 32
+};
+
+struct Quantized {
+  Dtype dtype;
+  const void* x;           // [m, k]
+  const int32_t* codes;    // [ceil(n / 16)][blocks][bits][16]
+  const fp16* scales;      // [ceil(n / 16)][groups][16]
+  const uint8_t* zeros;    // as scales
+  const int32_t* starts;   // [groups + 1]: a group's first block
+  const int64_t* columns;  // [32 blocks]: the column of x at each place, or none below k; null: in order
+  const void* bias;        // [n], or null
+  void* out;               // [m, n]
+  int64_t m, n, k, bits, blocks, groups;
 };
 
 struct Norm {
@@ -115,6 +135,7 @@ struct Logprobs {
 #define FOLO_DECLARE(ISA)                 \
   namespace ISA {                         \
   void linear(const Linear&);             \
+  void quantized(const Quantized&);       \
   void norm(const Norm&);                 \
   void silu_mul(const SiluMul&);          \
   void rope(const Rope&);                 \

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,7 @@ struct Kernels {
   const char* name;
   bool (*runs_here)();
   void (*linear)(const Linear&);
+  void (*quantized)(const Quantized&);
   void (*norm)(const Norm&);
   void (*silu_mul)(const SiluMul&);
   void (*rope)(const Rope&);
@@ -55,8 +57,8 @@ bool has_amx() {
 // Best first. What is the same source for two of them is compiled once.
 #define FOLO_KERNELS(NAME, ROWS, SAMPLER)                                                                   \
   {                                                                                                        \
-    #NAME, has_##NAME, NAME::linear, ROWS::norm, ROWS::silu_mul, ROWS::rope, NAME::attention,              \
-        SAMPLER::philox, SAMPLER::penalize, SAMPLER::warp, SAMPLER::draw, SAMPLER::logprobs                \
+    #NAME, has_##NAME, NAME::linear, NAME::quantized, ROWS::norm, ROWS::silu_mul, ROWS::rope,              \
+        NAME::attention, SAMPLER::philox, SAMPLER::penalize, SAMPLER::warp, SAMPLER::draw, SAMPLER::logprobs \
   }
 const Kernels kKernels[] = {
     FOLO_KERNELS(amx, avx512_bf16, avx512),
@@ -148,6 +150,35 @@ Tensor packed_gated_linear(const Tensor& x, const Tensor& packed, int64_t n, con
 Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
   if (!known(x)) return reference<Tensor>("folo_reference::linear", x, weight, bias);
   return packed_linear(x, reference<Tensor>("folo::pack", weight), weight.size(0), bias);
+}
+
+Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
+                        const Tensor& starts, const Maybe& columns, int64_t n, const Maybe& bias) {
+  if (!known(x))
+    return reference<Tensor>("folo_reference::quantized_linear", x, codes, scales, zeros, starts, columns, n, bias);
+  if (bias) same_dtype(x, {&*bias});
+  const Tensor rows = x.contiguous(), first = starts.contiguous();
+  const Maybe places = columns ? Maybe(columns->contiguous()) : Maybe();
+  const Maybe biases = bias ? Maybe(bias->contiguous()) : Maybe();
+  const int64_t k = rows.size(1), tiles = (n + 15) / 16, blocks = codes.size(1), groups = scales.size(1);
+  TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous() &&
+                  codes.scalar_type() == at::kInt && scales.scalar_type() == at::kHalf &&
+                  zeros.scalar_type() == at::kByte && first.scalar_type() == at::kInt &&
+                  (!places || places->scalar_type() == at::kLong),
+              "a quantised weight has other dtypes, and its parts are contiguous");
+  TORCH_CHECK(codes.size(0) == tiles && codes.size(3) == 16 && scales.sizes() == zeros.sizes() &&
+                  scales.size(0) == tiles && scales.size(2) == 16 && first.size(0) == groups + 1 &&
+                  (places ? places->size(0) == 32 * blocks : k <= 32 * blocks && 32 * blocks < k + 32),
+              "a quantised weight of ", codes.sizes(), " does not fit x ", x.sizes(), " and ", n, " outputs");
+  const int32_t* start = first.const_data_ptr<int32_t>();
+  TORCH_CHECK(start[0] >= 0 && std::is_sorted(start, start + groups + 1) && start[groups] <= blocks,
+              "groups of a quantised weight begin in order, within its ", blocks, " blocks");
+  Tensor out = at::empty({rows.size(0), n}, rows.options());
+  kernels->quantized({dtype_of(x), rows.const_data_ptr(), codes.const_data_ptr<int32_t>(),
+                      static_cast<const fp16*>(scales.const_data_ptr()), zeros.const_data_ptr<uint8_t>(), start,
+                      places ? places->const_data_ptr<int64_t>() : nullptr, data(biases), out.data_ptr(),
+                      rows.size(0), n, k, codes.size(2), blocks, groups});
+  return out;
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
@@ -331,6 +362,7 @@ TORCH_LIBRARY_IMPL(folo, CPU, m) {
   m.impl("packed_linear", &packed_linear);
   m.impl("packed_gated_linear", &packed_gated_linear);
   m.impl("linear", &linear);
+  m.impl("quantized_linear", &quantized_linear);
   m.impl("rms_norm", &rms_norm);
   m.impl("add_rms_norm", &add_rms_norm);
   m.impl("silu_mul", &silu_mul);

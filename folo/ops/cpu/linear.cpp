@@ -12,6 +12,7 @@
 #include "kernels.h"
 #include "rows.h"
 #include "simd.h"
+#include "tiles.h"
 #ifdef FOLO_AMX
 #include "amx.h"
 #endif
@@ -19,71 +20,7 @@
 namespace folo::FOLO_ISA {
 namespace {
 
-constexpr int kTile = 16;
-
-// How one step over k goes: what a row and a vector of columns give to it, and what it adds.
-template <typename Stored>
-struct Singles {
-  using T = Stored;
-  using X = float;
-  using W = Stored;
-  static Float columns(const W* w) { return load(w); }
-  static Float row(X x) { return all(x); }
-  static Float step(Float sum, Float w, Float x) { return fma(w, x, sum); }
-};
-#if defined(FOLO_AVX512_BF16) || defined(FOLO_AMX)
-struct Pairs {
-  using T = bf16;
-  using X = uint32_t;
-  using W = uint32_t;
-  static __m512i columns(const W* w) { return _mm512_loadu_si512(w); }
-  static __m512i row(X x) { return _mm512_set1_epi32(int(x)); }
-  static Float step(Float sum, __m512i w, __m512i x) {
-    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x))};
-  }
-};
-#else
-struct Pairs {
-  struct Both {
-    Float even, odd;
-  };
-  using T = bf16;
-  struct X {
-    float even, odd;
-  };
-  using W = uint32_t;
-  static Both columns(const W* w) {
-#ifdef __AVX512F__
-    __m512i pairs = _mm512_loadu_si512(w), high = _mm512_set1_epi32(int(0xFFFF0000));
-    return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},
-            {_mm512_castsi512_ps(_mm512_and_si512(pairs, high))}};
-#else
-    __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-    __m256i high = _mm256_set1_epi32(int(0xFFFF0000));
-    return {{_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))},
-            {_mm256_castsi256_ps(_mm256_and_si256(pairs, high))}};
-#endif
-  }
-  static Both row(X x) { return {all(x.even), all(x.odd)}; }
-  static Float step(Float sum, Both w, Both x) { return fma(w.odd, x.odd, fma(w.even, x.even, sum)); }
-};
-#endif
-
-constexpr int kVectors = kTile / kLanes;        // of a tile
-constexpr int kWide = kLanes == 16 ? 4 : 1;     // tiles that a block of rows goes over at once
-constexpr int kRows = 6;                        // rows of a block: kRows * kWide * kVectors sums in registers
-constexpr int64_t kChunkBytes = 256 << 10;      // of x that a thread goes over tile by tile
-
-template <typename T>
-void write(T* out, const Float* sums, const T* bias, int count) {
-  for (int v = 0; v < kVectors; ++v, out += kLanes, bias += bias ? kLanes : 0, count -= kLanes) {
-    if (count >= kLanes) {
-      store(out, bias ? sums[v] + load(bias) : sums[v]);
-    } else if (count > 0) {
-      store(out, bias ? sums[v] + load(bias, count) : sums[v], count);
-    }
-  }
-}
+constexpr int64_t kChunkBytes = 256 << 10;  // of x that a thread goes over tile by tile
 
 // The weights that a thread needs next, fetched into its second cache while it multiplies the present ones.
 struct Ahead {

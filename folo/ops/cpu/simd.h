@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 #if defined(FOLO_AMX)
 #define FOLO_ISA amx
 #elif defined(FOLO_AVX512_BF16)
@@ -21,13 +23,6 @@
 #endif
 
 namespace folo {
-
-struct bf16 {
-  uint16_t bits;
-};
-struct fp16 {
-  uint16_t bits;
-};
 
 inline float widen(bf16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;

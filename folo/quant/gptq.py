@@ -1,0 +1,128 @@
+"""GPTQ for one weight (Frantar et al. 2022, https://arxiv.org/abs/2210.17323): round it column by column, and
+let the columns that are still to come make up for the error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from folo.errors import ConfigError
+from folo.ops.quantized import BITS, Grouped
+
+_COLUMNS = 128  # rounded before the rest hears of it
+_SMALLEST = 2.0**-24  # that float16 has
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How weights are quantised.
+
+    Args:
+        bits: of a code: 2, 4 or 8.
+        group_size: columns that share a scale; -1: all of them.
+        sym: the zero is the middle code; otherwise it is where a group's own range puts it.
+        desc_act: round the columns of the largest inputs first. Groups are then of columns in that order.
+        damp: added to the Hessian's diagonal, relative to its mean.
+
+    Raises ConfigError if a value is out of range.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    damp: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ConfigError(f"bits={self.bits!r}: expected one of {', '.join(map(str, BITS))}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ConfigError(f"group_size={self.group_size!r}: expected a positive number, or -1")
+        if not 0 < self.damp < 1:
+            raise ConfigError(f"damp={self.damp!r}: expected a number between 0 and 1")
+
+
+def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> Grouped:
+    """weight `[N, K]`, hessian `[K, K]`: the sum of x xᵀ over the inputs x `[K]`, in any scale -> codes.
+
+    In float64 throughout, on the CPU. With the identity for a Hessian it is rounding to nearest.
+    """
+    k = weight.shape[1]
+    weight, hessian = weight.double(), hessian.double().clone()
+    unused = hessian.diagonal() == 0
+    hessian.diagonal()[unused] = 1
+    order = torch.arange(k)
+    if config.desc_act:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    weight, hessian = weight[:, order], hessian[order][:, order]
+    spread = _spread(hessian, config.damp)
+    size = k if config.group_size == -1 else config.group_size
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    scales, zeros = [], []
+    for group in range(0, k, size):
+        end = min(group + size, k)
+        scale, zero = _grid(weight[:, group:end], config)
+        scales.append(scale)
+        zeros.append(zero)
+        for first in range(group, end, _COLUMNS):
+            last = min(first + _COLUMNS, end)
+            codes[:, first:last], errors = _block(
+                weight[:, first:last], spread[first:last, first:last], scale, zero, config.bits
+            )
+            weight[:, last:] -= errors @ spread[first:last, last:]
+    groups = torch.empty(k, dtype=torch.int64)
+    groups[order] = torch.arange(k) // size
+    back = torch.argsort(order)
+    return Grouped(
+        codes[:, back].contiguous(),
+        torch.stack(scales).half(),
+        torch.stack(zeros).to(torch.uint8),
+        groups,
+        config.bits,
+        config.group_size,
+    )
+
+
+def relative_error(weight: Tensor, quantised: Tensor, hessian: Tensor) -> float:
+    """|(W - Q) x|² over |W x|², summed over the inputs that the Hessian is of."""
+    weight, hessian = weight.double(), hessian.double()
+    lost = weight - quantised.double()
+    return float(((lost @ hessian) * lost).sum() / ((weight @ hessian) * weight).sum())
+
+
+def _spread(hessian: Tensor, damp: float) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse: how an error moves to later columns."""
+    diagonal = hessian.diagonal()
+    damped = hessian + torch.diag(damp * diagonal.mean().expand_as(diagonal))
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+def _grid(columns: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
+    """Scale, as float16 has it, and zero of each row of a group, float64 `[N]`.
+
+    A zero of 0 is avoided: format "gptq" stores zero - 1, and readers differ in what they make of -1.
+    """
+    most = 2**config.bits - 1
+    low, high = columns.amin(1).clamp(max=0), columns.amax(1).clamp(min=0)
+    if config.sym:
+        scale = 2 * torch.maximum(-low, high) / most
+    else:
+        scale = torch.maximum((high - low) / most, high / (most - 1))
+    scale = scale.half().double().clamp(min=_SMALLEST)
+    if config.sym:
+        return scale, torch.full_like(scale, 2 ** (config.bits - 1))
+    return scale, torch.round(-low / scale).clamp(1, most)
+
+
+def _block(columns: Tensor, spread: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round columns in order -> their codes, and their errors as `spread` takes them, `[N, C]` each."""
+    columns, errors = columns.clone(), torch.empty_like(columns)
+    codes = torch.empty(columns.shape, dtype=torch.uint8)
+    for i in range(columns.shape[1]):
+        code = torch.round(columns[:, i] / scale + zero).clamp(0, 2**bits - 1)
+        codes[:, i] = code.to(torch.uint8)
+        errors[:, i] = (columns[:, i] - scale * (code - zero)) / spread[i, i]
+        columns[:, i + 1 :] -= errors[:, i, None] * spread[i, i + 1 :]
+    return codes, errors
