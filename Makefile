@@ -34,7 +34,8 @@ format: $(VENV)/.dev
 sanitize: $(VENV)/.dev
 	FOLO_SANITIZE=1 FOLO_EMULATE_AMX=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	OMP_NUM_THREADS=2 $(BIN)/pytest tests/test_ops_contract.py tests/test_ops_accuracy.py tests/test_sampler.py
+	OMP_NUM_THREADS=2 $(BIN)/pytest tests/test_ops_contract.py tests/test_ops_accuracy.py tests/test_sampler.py \
+	tests/test_gptq_kernels.py
 
 coverage: $(VENV)/.dev
 	$(PYTEST) --cov --cov-report=html
