@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import folo
+from folo.ops.attention import BACKENDS
 
 ROUGH = folo.SamplingParams(temperature=1.0, max_tokens=12, logprobs=3, seed=5, ignore_eos=True)
 
@@ -153,6 +154,7 @@ def test_a_step_that_fails_leaves_the_state_to_go_on_from(
     free = state.heap.num_free
     with monkeypatch.context() as patch:
         patch.setattr(ops, op, failing)
+        patch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], op=ops.paged_attention))
         for _ in range(3):
             with pytest.raises(RuntimeError, match="injected"):
                 next_step(tiny, state)
