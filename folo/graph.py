@@ -49,11 +49,7 @@ class CudaGraphs:
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         if not self._alive:  # a pool ends with the last of its graphs: torch takes no other into it
             self._pool = torch.cuda.graph_pool_handle()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are compiled, and libraries take their workspace, only once
-            function()
-        torch.cuda.current_stream().wait_stream(side)
+        function()  # kernels are compiled and loaded, which cannot be captured
         graph = torch.cuda.CUDAGraph()
         with _uncollected(), torch.cuda.graph(graph, pool=self._pool):
             output = function()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -22,11 +22,6 @@ class Graph:
         pass
 
 
-class Stream:
-    def wait_stream(self, _: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def pools(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The pools that graphs are captured into."""
@@ -37,14 +32,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         used.append(pool)
         yield
 
-    stand_ins = {
-        "Stream": Stream,
-        "CUDAGraph": Graph,
-        "graph": graph,
-        "stream": nullcontext,
-        "current_stream": Stream,
-        "graph_pool_handle": lambda: next(handles),
-    }
+    stand_ins = {"CUDAGraph": Graph, "graph": graph, "graph_pool_handle": lambda: next(handles)}
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     return used
