@@ -6,10 +6,12 @@ writes fixed addresses: so inputs are copied in, and results are copied out befo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -42,18 +44,29 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._alive = WeakSet[torch.cuda.CUDAGraph]()
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are compiled, and libraries take their workspace, only once
-            function()
-        torch.cuda.current_stream().wait_stream(side)
+        if not self._alive:  # a pool ends with the last of its graphs: torch takes no other into it
+            self._pool = torch.cuda.graph_pool_handle()
+        function()  # kernels are compiled and loaded, which cannot be captured
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with _uncollected(), torch.cuda.graph(graph, pool=self._pool):
             output = function()
+        self._alive.add(graph)
         return graph.replay, output
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: a graph that one finds and destroys would break the capture of another."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Kind(NamedTuple):

@@ -35,17 +35,28 @@ def test_a_backend_that_cannot_be_had_is_refused(
     name: str, device: torch.device, dtype: torch.dtype, block_size: int, why: str
 ) -> None:
     with pytest.raises(folo.ConfigError, match=why):
-        attention_backend(name, device, dtype, block_size)
+        attention_backend(name, device, dtype, block_size, 64)
 
 
 def test_auto_takes_folos_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert attention_backend("auto", CPU, torch.float32, 16) == "cpu"
-    assert attention_backend("auto", CUDA, torch.bfloat16, 16) == "triton"
-    assert attention_backend("torch", CUDA, torch.bfloat16, 256, deterministic=False) == "torch"
+    assert attention_backend("auto", CPU, torch.float32, 16, 64) == "cpu"
+    assert attention_backend("auto", CUDA, torch.bfloat16, 16, 64) == "triton"
+    assert attention_backend("torch", CUDA, torch.bfloat16, 256, 64, deterministic=False) == "torch"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert attention_backend("auto", CUDA, torch.bfloat16, 16) == "reference"
+    assert attention_backend("auto", CUDA, torch.bfloat16, 16, 64) == "reference"
     with pytest.raises(folo.ConfigError, match="needs the package triton"):
-        attention_backend("triton", CUDA, torch.bfloat16, 16)
+        attention_backend("triton", CUDA, torch.bfloat16, 16, 64)
+
+
+def test_heads_of_a_size_without_a_kernel_get_the_reference() -> None:
+    sizes = {
+        head_dim: attention_backend("auto", CUDA, torch.bfloat16, 16, head_dim) for head_dim in (80, 100, 512)
+    }
+    assert sizes == {80: "triton", 100: "reference", 512: "reference"}
+    with pytest.raises(
+        folo.ConfigError, match="'triton' needs a head_dim that is a multiple of 16 up to 256, not 100"
+    ):
+        attention_backend("triton", CUDA, torch.bfloat16, 16, 100)
 
 
 def test_an_older_varlen_attn_is_told_from_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +65,7 @@ def test_an_older_varlen_attn_is_told_from_a_newer_one(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     with pytest.raises(folo.ConfigError, match="needs a varlen_attn with num_splits, unlike that of torch"):
-        attention_backend("torch", CUDA, torch.bfloat16, 256, deterministic=False)
+        attention_backend("torch", CUDA, torch.bfloat16, 256, 64, deterministic=False)
 
 
 def test_a_state_keeps_its_backend(tiny: folo.Params, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from engine import prompt
 from graphs import Recorded
 
 import folo
-from folo.bench import gptq, gpu, graph, kernels, report, workloads
+from folo.bench import gptq, graph, kernels, report, workloads
 from folo.bench.ablation import QUICK, Bench, token_times
 from folo.bench.compare import Comparison, PeerError, Worker, figure
 from folo.bench.peers import OWN
@@ -478,30 +478,6 @@ class TestGraph:
         for argv in (["bench", "graph"], ["bench", "gpu", "--out", "results"]):
             assert main(argv) == 2
             assert "needs a CUDA device, and torch finds none" in capsys.readouterr().err
-
-
-class TestGpu:
-    def test_a_part_that_fails_or_hangs_is_only_that(self) -> None:
-        failed = gpu.run(gpu.Part("failing", ("json.tool", "nowhere.json"), 60))
-        assert failed.exit_status == 2
-        assert "nowhere.json" in failed.output
-        hanging = gpu.run(gpu.Part("hanging", ("http.server", "0"), 2))
-        assert hanging.exit_status is None
-        assert hanging.seconds < 30
-        table = gpu.table([failed, hanging, replace(failed, name="good", exit_status=0)])
-        assert [line.split()[1] for line in table.splitlines()[2:]] == ["failed", "out", "passed"]
-
-    def test_all_parts_fit_into_nine_minutes(self, tmp_path: Path) -> None:
-        parts = gpu.parts(tmp_path)
-        assert sum(part.limit for part in parts) <= 9 * 60 - 10
-        assert len({part.name for part in parts}) == len(parts)
-        root = Path(folo.__file__).parent.parent
-        assert (root / "tests" / "test_cuda.py").exists()
-        for part in parts:
-            if part.command[0] == "folo":  # its options are ones that the command has
-                with pytest.raises(SystemExit) as stopped:
-                    main([*part.command[1:], "--help"])
-                assert stopped.value.code == 0
 
 
 class TestNano:

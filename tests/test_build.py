@@ -65,6 +65,11 @@ def test_the_environment_pins_the_instruction_set(name: str) -> None:
     assert name == cpu.REFERENCE or instruction_set == name
 
 
+def test_plain_torch_needs_no_compiler() -> None:
+    done = imported(CXX="no-such-compiler", FOLO_CPU_ISA=cpu.REFERENCE)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     done = imported(FOLO_CPU_ISA="sse9")
     assert done.returncode == 1

@@ -20,6 +20,7 @@ from folo import ops
 from folo.bench import invariance
 from folo.bench.cells import REFERENCE, Run, Subject, array, run
 from folo.ops import reference, sampler
+from folo.ops.attention import BACKENDS
 
 pytestmark = pytest.mark.cuda
 
@@ -30,7 +31,7 @@ DTYPES = (*HALF, torch.float32)
 ROWS = 300
 COUNTS = (1, 2, 7, 16, 33, 63, 64, 65, 70, 128, 129, 256, 300)
 # Half a unit in the last place of the result, and as much again for what is rounded on the way.
-BOUND = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-5}
+BOUND = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -204,7 +205,7 @@ def test_attention(block_size: int, heads: tuple[int, int, int], dtype: torch.dt
 
 
 def test_the_sampler_draws_what_the_reference_draws() -> None:
-    logits = random(70, 5000) * 4
+    logits = (random(70, 5000) * 256).round() / 64  # equal, or so far apart that no rounding makes them equal
     logits[3] = torch.nan
     logits[5, 17] = torch.inf
     logits[6] = -torch.inf
@@ -277,6 +278,7 @@ def test_replayed_graphs_give_the_outputs_of_eager_steps(dtype: torch.dtype, tin
     assert found == {id: output.outputs[0].token_ids for id, output in expected.items()}
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_replayed_step_is_launched_without_waiting_for_the_device(tiny_on_cuda: folo.Params) -> None:
     state = folo.init(tiny_on_cuda, folo.CacheConfig(num_blocks=100))
     for n in range(4):
@@ -309,9 +311,13 @@ def test_greedy_float32_is_transformers(tmp_path: Path) -> None:
     assert folo.outputs(finish_all(params, state))["a"].outputs[0].token_ids == expected[0, 24:].tolist()
 
 
-def test_torchs_varlen_attn_computes_the_same_attention(tiny_dir: Path) -> None:
+def test_torchs_varlen_attn_computes_the_same_attention_or_is_refused(tiny_dir: Path) -> None:
     params = folo.load(str(tiny_dir), dtype="bfloat16", device=DEVICE, use_tqdm=False)
     cache, logprobs = folo.CacheConfig(block_size=256, num_blocks=20), []
+    if BACKENDS["torch"].lacks(params.device, params.dtype) is not None:  # torch 2.11's has no block tables
+        with pytest.raises(folo.ConfigError, match="attention='torch'"):
+            folo.init(params, cache, attention="torch", deterministic=False)
+        return
     for attention in ("triton", "torch"):
         state = folo.init(params, cache, attention=attention, deterministic=False)
         sampling = folo.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)

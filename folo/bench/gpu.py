@@ -1,28 +1,34 @@
 """`folo bench gpu`: everything that needs a GPU, in one command and within minutes.
 
-The tests marked `cuda`, the invariance matrix, the graph and the throughput benchmarks, one process each.
+The tests marked `cuda`, the graph and the throughput benchmarks, the invariance matrix, one process each.
 Each part has a time limit, and the next one begins whatever became of it. Needs pytest, and folo's checkout
-for the tests; nothing is fetched. `summary.json` says how each part ended.
+for the tests; nothing is fetched. `summary.json` says how each part ended, `log.txt` what it printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import folo
 from folo.bench import report
+from folo.ops import cpu
 
 _ROOT = Path(folo.__file__).parent.parent
 _SHAPE = ("--shape", "qwen3-0.6b")
 _TESTS = "tests/test_cuda.py"
+_SECONDS = 530  # for all parts together
+_TO_END = 20  # seconds that a part has when its time is up
 _TAIL = 6000  # characters of a part's output that are kept
 
 
@@ -46,43 +52,60 @@ class Outcome:
 
 
 def parts(out: Path) -> list[Part]:
-    """They take at most 530 seconds together."""
+    """In the order in which they run; what matters most comes first."""
 
     def bench(name: str, *options: str, limit: float, plot: bool = False) -> Part:
         files = ["--json", str(out / f"{name}.json"), *(["--plot", str(out / f"{name}.png")] if plot else [])]
         return Part(name, ("folo", "bench", *options, *_SHAPE, *files), limit)
 
+    # Most of the tests' time is Triton's, which compiles on one core; a library's warning is no failure here.
+    pytest = ("pytest", "-m", "cuda", *(("-n", "6") if find_spec("xdist") else ()), "-W", "default")
     sizes = ("--batches", "1", "8", "64", "256", "--contexts", "128", "1024", "8192")
+    nano = "--workload", "nano", "--alone", "--repeats", "2"
     return [
-        Part("tests", ("pytest", "-m", "cuda", "--tb=short", "-p", "no:cacheprovider", _TESTS), 150),
-        bench("latency", "latency", "--repeats", "3", limit=60),
-        bench("graph", "graph", *sizes, limit=120, plot=True),
-        bench("nano", "throughput", "--workload", "nano", "--repeats", "1", limit=100),
-        bench("invariance", "invariance", "--cells", "8", limit=100),
+        Part("tests", (*pytest, "--tb=short", "-p", "no:cacheprovider", _TESTS), 240),
+        bench("latency", "latency", "--repeats", "3", limit=100),
+        bench("graph", "graph", *sizes, limit=180, plot=True),
+        bench("nano", "throughput", *nano, limit=120),
+        bench("invariance", "invariance", "--cells", "8", limit=180),
+        bench("peer", "compare", "--peer", "transformers", "--workloads", "nano", "--pairs", "1", limit=500),
     ]
 
 
-def run(part: Part) -> Outcome:
-    """Run a part from the checkout; what it prints is kept, its end at least."""
+def run(part: Part, limit: float, log: Path) -> Outcome:
+    """Run a part from the checkout, for at most `limit` seconds; what it prints is added to the log."""
     begin = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", *part.command],
-        cwd=_ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=part.limit)
-        status = process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # with all that it started
-        output, status = process.communicate()[0], None
+    # The CPU's kernels are of no use here, and take a minute to compile.
+    own = {"PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1", "FOLO_CPU_ISA": cpu.REFERENCE}
+    with log.open("ab+") as file:
+        start = file.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            [sys.executable, "-m", *part.command],
+            cwd=_ROOT,
+            env=os.environ | own,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        status = _end(process, limit)
+        file.seek(start)
+        output = file.read().decode(errors="replace")
     return Outcome(part.name, status, time.perf_counter() - begin, output[-_TAIL:])
+
+
+def _end(process: subprocess.Popen[bytes], limit: float) -> int | None:
+    """Its exit status; None if it had to be ended. Interrupted, it ends what it started, and says how far it
+    came: a peer that is stopped would stay, with all the memory that it took."""
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_TO_END)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return None
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -101,7 +124,16 @@ def register(commands: Any) -> None:
         "results to a directory. Exits with 1 if a part failed.",
         allow_abbrev=False,
     )
+    names = [part.name for part in parts(Path())]
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=f"of {', '.join(names)} (default: all, as far as the time goes)",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -113,10 +145,13 @@ def _run(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise ConfigError("folo bench gpu needs a CUDA device, and torch finds none")
     args.out.mkdir(parents=True, exist_ok=True)
-    outcomes = list[Outcome]()
+    outcomes, end = list[Outcome](), time.perf_counter() + _SECONDS
     for part in parts(args.out.absolute()):
+        left = end - time.perf_counter()
+        if part.name not in args.parts or left < _TO_END:
+            continue
         print(f"--- {part.name}", flush=True)
-        outcomes.append(run(part))
+        outcomes.append(run(part, min(part.limit, left), args.out / "log.txt"))
         print(outcomes[-1].output, flush=True)
         # After each part: should the machine be gone before the last one, the others are there.
         found = {"parts": [asdict(o) for o in outcomes], "gpu": report.gpu(torch.device("cuda"))}

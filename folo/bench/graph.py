@@ -170,7 +170,10 @@ def _stepped(params: folo.Params, state: folo.EngineState, step: folo.Step) -> f
 def _reserved(device: torch.device) -> int | None:
     import torch
 
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()  # as a capture does: what was free before is no difference to after
+    return torch.cuda.memory_reserved(device)
 
 
 def _launches(run: Callable[[], object]) -> int:

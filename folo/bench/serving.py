@@ -176,6 +176,7 @@ def register(commands: Any) -> None:
                 help="instead: 256 requests of 100 to 1,024 tokens in and out, also through transformers' "
                 "continuous batching (as folo bench compare does it)",
             )
+            parser.add_argument("--alone", action="store_true", help="of that workload, only folo's part")
         parser.add_argument("--repeats", type=report.positive, default=REPEATS, metavar="N")
         report.add_output_options(parser, plot=True)
         parser.set_defaults(run=partial(_run, name))
@@ -186,16 +187,19 @@ def _run(name: str, args: argparse.Namespace) -> None:
 
     import folo
 
+    names = _WORKLOADS[name]
     if getattr(args, "workload", None):
-        from folo.bench import compare
+        names = (args.workload,)
+        if not args.alone:
+            from folo.bench import compare
 
-        compare.against("transformers", sys.executable, [args.workload], args.repeats, None, args)
-        return
+            compare.against("transformers", sys.executable, [*names], args.repeats, None, args)
+            return
     params = report.model_of(args)
     step = folo.compile(folo.step, mode=args.mode)
     runs: dict[str, list[Run]] = {}
-    with tqdm(total=len(_WORKLOADS[name]) * (1 + args.repeats), desc=name.capitalize(), unit="run") as bar:
-        for workload_name in _WORKLOADS[name]:
+    with tqdm(total=len(names) * (1 + args.repeats), desc=name.capitalize(), unit="run") as bar:
+        for workload_name in names:
             prompts = workload(workload_name, params.config.vocab_size)
             runs[workload_name], state = [], empty(params, prompts)
             for number in range(1 + args.repeats):

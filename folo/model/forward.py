@@ -193,7 +193,7 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
         return logits(params, hidden, reference)
     shape = (2, config.num_layers, *blocks)
     k, v = torch.zeros(shape, dtype=params.dtype, device=params.device)
-    attention = attention_backend("auto", params.device, params.dtype, _BLOCK)
+    attention = attention_backend("auto", params.device, params.dtype, _BLOCK, config.head_dim)
     return logits(params, hidden_in_heap(params, k, v, inputs, attention))
 
 

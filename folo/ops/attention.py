@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from folo.errors import ConfigError
+from folo.ops import cuda
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -26,13 +27,14 @@ class Backend:
 
     op: None for folo's own kernels, `folo.ops.paged_attention`.
     lacks: why it cannot be had on a device with a dtype, or None. breaks: the promise that it is not known to
-    keep. pages: what block sizes have to be a multiple of.
+    keep. pages: what block sizes have to be a multiple of. head_dims: those that it takes.
     """
 
     op: Attention | None
     lacks: Callable[[torch.device, torch.dtype], str | None]
     breaks: str | None = None
     pages: int = 1
+    head_dims: range = range(1, 1 << 16)
 
 
 def _varlen(
@@ -92,6 +94,8 @@ def _lacks_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "computes in float32, float16 and bfloat16, this is float64"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton: pip install triton"
+    if device.type == "cuda" and torch.cuda.is_available() and not cuda.available(device):
+        return f"needs a compute capability of 8.0, which {torch.cuda.get_device_name(device)} does not have"
     return _on("cuda")(device, dtype)
 
 
@@ -114,30 +118,39 @@ def _lacks_flash(device: torch.device, dtype: torch.dtype) -> str | None:
 
 _UNPROVEN = "that a row's bits do not depend on what else is computed is not shown for it"
 
+_FLASH_HEAD_DIMS = range(8, 257, 8)
+
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(None, _on("cpu")),
-    "triton": Backend(None, _lacks_triton),
-    "torch": Backend(_varlen, _lacks_varlen, _UNPROVEN, pages=256),
-    "flash_attn": Backend(_flash, _lacks_flash, _UNPROVEN, pages=256),
+    "triton": Backend(None, _lacks_triton, head_dims=cuda.ATTENTION_HEAD_DIMS),
+    "torch": Backend(_varlen, _lacks_varlen, _UNPROVEN, pages=256, head_dims=_FLASH_HEAD_DIMS),
+    "flash_attn": Backend(_flash, _lacks_flash, _UNPROVEN, pages=256, head_dims=_FLASH_HEAD_DIMS),
     "reference": Backend(torch.ops.folo_reference.paged_attention.default, lambda device, dtype: None),
 }
 """By the name that `attention=` takes; besides these there is "auto"."""
 
 
 def attention_backend(
-    name: str, device: torch.device, dtype: torch.dtype, block_size: int, deterministic: bool = True
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    head_dim: int,
+    deterministic: bool = True,
 ) -> str:
     """The backend that `attention=name` stands for.
 
-    "auto" is folo's own: "triton" on CUDA, "cpu" on a CPU; "reference" where there is neither.
+    "auto" is folo's own: "triton" on CUDA, "cpu" on a CPU; "reference" where there is neither, which looks at
+    the device in every step, so that no graph can hold it.
 
     Raises:
-        ConfigError: an unknown name; one that cannot be had here or for this block size; with
-            `deterministic`, one that is not known to keep folo's promise of invariance.
+        ConfigError: an unknown name; one that cannot be had here, for this block size or for this head_dim;
+            with `deterministic`, one that is not known to keep folo's promise of invariance.
     """
     if name == "auto":
         own = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
-        return own if BACKENDS[own].lacks(device, dtype) is None else "reference"
+        fits = BACKENDS[own].lacks(device, dtype) is None and head_dim in BACKENDS[own].head_dims
+        return own if fits else "reference"
     backend = BACKENDS.get(name)
     if backend is None:
         raise ConfigError(f"attention={name!r}: expected one of {('auto', *BACKENDS)}")
@@ -145,6 +158,12 @@ def attention_backend(
         raise ConfigError(f'attention={name!r} {lack}; attention="auto" takes what there is')
     if block_size % backend.pages:
         raise ConfigError(f"attention={name!r} needs a block_size of {backend.pages}, not {block_size}")
+    if head_dim not in backend.head_dims:
+        step, most = backend.head_dims.step, backend.head_dims[-1]
+        raise ConfigError(
+            f"attention={name!r} needs a head_dim that is a multiple of {step} up to {most}, not {head_dim}; "
+            f'attention="auto" takes what there is'
+        )
     if deterministic and backend.breaks is not None:
         raise ConfigError(f"attention={name!r}: {backend.breaks}; deterministic=False takes it all the same")
     return name

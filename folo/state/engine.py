@@ -117,8 +117,10 @@ def init(
         raise ConfigError(f"seed={seed!r}: expected an int in [0, 2**64)")
     cache = CacheConfig() if cache is None else cache
     scheduler = SchedulerConfig() if scheduler is None else scheduler
-    backend = attention_backend(attention, params.device, params.dtype, cache.block_size, deterministic)
     config = params.config
+    backend = attention_backend(
+        attention, params.device, params.dtype, cache.block_size, config.head_dim, deterministic
+    )
     block_bytes = 2 * config.num_layers * cache.block_size * config.num_kv_heads * config.head_dim
     block_bytes *= params.dtype.itemsize
     spare = margin(cache, scheduler, params.device)

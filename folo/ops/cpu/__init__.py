@@ -1,7 +1,7 @@
 """The C++ kernels: `folo.ops` on a CPU, where they can be compiled.
 
 `FOLO_CPU_ISA` pins the instruction set: "amx", "avx512_bf16", "avx512", "avx2", or "reference" for plain
-torch.
+torch, which nothing is compiled for.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def load() -> None:
         ConfigError: FOLO_CPU_ISA names an instruction set that this CPU does not have.
     """
     wanted = os.environ.get("FOLO_CPU_ISA")
+    if wanted == REFERENCE:
+        return
     try:
         torch.ops.load_library(str(library()))
     except (BuildError, OSError) as error:

@@ -37,6 +37,9 @@ KERNELS = {
 }
 """The module that holds an op's kernel, as a function of the op's own name and arguments."""
 
+ATTENTION_HEAD_DIMS = range(16, 257, 16)
+"""Those that `paged_attention` has kernels for; others run as the reference."""
+
 _TRITON = find_spec("triton") is not None
 
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from folo.ops import reference
+from folo.ops.cuda import ATTENTION_HEAD_DIMS
 from folo.ops.cuda.kernel import DTYPES, Build, Kernel, aligned
 
 SPLIT = 256  # keys whose softmax stands alone
@@ -30,7 +31,6 @@ _KEYS = 32  # of a tile; more would spill registers
 _PROGRAMS = 512  # enough for any GPU: four on each of 128 multiprocessors
 _WORKSPACE = 1 << 26  # bytes of unmerged sums at most
 _SEARCH = 1024  # sequences that are looked at together
-_MAX_HEAD_DIM = 256
 _LOG2_E = 1 / math.log(2)
 _INTEGERS = [
     "group", "head_dim", "block_size", "num_tokens", "num_sequences", "table_stride",
@@ -248,8 +248,8 @@ def paged_attention(
     flash attention; all else is in float32.
     """
     strides, bases = k_cache.stride(), (k_cache.data_ptr(), v_cache.data_ptr())
-    alike = strides == v_cache.stride() and not any(n % 16 for n in (q.shape[-1], *strides[:3], *bases))
-    if not alike or q.shape[-1] > _MAX_HEAD_DIM:
+    alike = strides == v_cache.stride() and not any(n % 16 for n in (*strides[:3], *bases))
+    if not alike or q.shape[-1] not in ATTENTION_HEAD_DIMS:
         return reference.paged_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale)
     q, block_tables = aligned(q), aligned(block_tables)
     query_start, seq_lens = aligned(query_start), aligned(seq_lens)

@@ -1,0 +1,42 @@
+"""`folo bench gpu` as far as it goes without a GPU: its parts are processes with a time limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from folo.bench.gpu import Outcome, Part, parts, run, table
+
+ENDLESS = "import subprocess, time\ntry: time.sleep(60)\nfinally: print('interrupted')"
+
+
+def test_a_part_that_ends_is_kept_with_what_it_printed(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    first = run(Part("first", ("timeit", "-n", "1", "-r", "1", "print('one')"), 60), 60, log)
+    second = run(Part("second", ("timeit", "-n", "1", "-r", "1", "print('two'); 1 / 0"), 60), 60, log)
+    assert (first.exit_status, second.exit_status) == (0, 1)
+    assert "one" in first.output
+    assert "one" not in second.output
+    assert "ZeroDivisionError" in second.output
+    assert log.read_text() == first.output + second.output
+
+
+def test_a_part_that_runs_past_its_limit_is_interrupted_and_says_how_far_it_came(tmp_path: Path) -> None:
+    outcome = run(Part("endless", ("timeit", "-n", "1", ENDLESS), 60), 5, tmp_path / "log.txt")
+    assert outcome.exit_status is None
+    assert "interrupted" in outcome.output
+    assert outcome.seconds < 50
+
+
+def test_the_table_says_how_each_part_ended() -> None:
+    outcomes = [Outcome("a", 0, 10.4, ""), Outcome("b", None, 99.6, ""), Outcome("c", 2, 1.0, "")]
+    assert [line.split() for line in table(outcomes).splitlines()[2:]] == [
+        ["a", "passed", "10"],
+        ["b", "out", "of", "time", "100"],
+        ["c", "failed", "(2)", "1"],
+    ]
+
+
+def test_parts_write_into_the_directory(tmp_path: Path) -> None:
+    files = {word for part in parts(tmp_path) for word in part.command if word.startswith(str(tmp_path))}
+    names = ("latency.json", "graph.json", "graph.png", "nano.json", "invariance.json", "peer.json")
+    assert files == {str(tmp_path / name) for name in names}
