@@ -19,7 +19,7 @@ from folo.model.gguf import GGUFFile
 from folo.model.locate import locate
 from folo.model.params import Layer, Linear, Params
 from folo.model.safetensors import SafetensorsDirectory
-from folo.ops.memory import Arena
+from folo.ops.memory import Arena, give_back
 from folo.ops.packed import Packed
 from folo.ops.quantized import Grouped, joined
 from folo.ops.stacked import Stacked, Weight
@@ -57,7 +57,9 @@ def load(
     checkpoint = open_checkpoint(locate(model))
     config = checkpoint.config(_resolve_dtype(dtype, checkpoint))
     _check_tensors(checkpoint, config)
-    return assemble(checkpoint, config, _resolve_device(device), pack, use_tqdm)
+    params = assemble(checkpoint, config, _resolve_device(device), pack, use_tqdm)
+    give_back()  # the buffers on the way, which leave holes of up to a tenth of the weights
+    return params
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -88,8 +88,7 @@ class Params:
     @cached_property
     def inv_freq(self) -> Tensor:
         """Rotary frequencies, float32 (float64 for float64 weights) `[E/2]`, on the weights' device."""
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return self.config.inv_freq().to(self.device, wide)
+        return inv_freq(self.config, self.dtype, self.device)
 
     @property
     def num_parameters(self) -> int:
@@ -99,6 +98,11 @@ class Params:
     def num_bytes(self) -> int:
         """Of the weights in memory, but for the padding of packed ones."""
         return sum(_num_bytes(weight) for weight in _weights(self))
+
+
+def inv_freq(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """See `Params.inv_freq`."""
+    return config.inv_freq().to(device, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _is_packed(value: Any) -> bool:

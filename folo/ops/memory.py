@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 
@@ -40,6 +41,12 @@ class Arena:
             self._region = _huge(max(room, _REGION))
         place, self._region = self._region[:size], self._region[room:]
         return place.view(dtype).view(shape)
+
+
+def give_back() -> None:
+    """Return to the system what malloc holds free, where it is glibc's: it would keep it for later."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _private(size: int) -> mmap.mmap:
