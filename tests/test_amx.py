@@ -19,21 +19,18 @@ from folo.ops import cpu
 @pytest.mark.skipif(
     "avx512_bf16" not in cpu.instruction_sets(), reason="the emulation needs AVX-512 and bf16"
 )
-def test_linear_and_attention_pass_their_tests_on_emulated_tiles() -> None:
-    tests = Path(__file__).parent
-    files = [str(tests / name) for name in ("test_ops_contract.py", "test_ops_accuracy.py")]
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        (("test_ops_contract.py", "test_ops_accuracy.py"), "(linear or attention) and amx and dtype1"),
+        (("test_gptq_kernels.py",), "TestContract and amx"),
+    ],
+    ids=["dense", "quantised"],
+)
+def test_kernels_pass_their_tests_on_emulated_tiles(files: tuple[str, ...], chosen: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "(linear or attention) and amx and dtype1",
-            *files,
-        ],
+        [*command, *(str(Path(__file__).with_name(name)) for name in files)],
         env={**os.environ, "FOLO_EMULATE_AMX": "1", "FOLO_CPU_ISA": "amx"},
         capture_output=True,
         text=True,
