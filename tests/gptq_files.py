@@ -104,6 +104,7 @@ def gptq_checkpoint(
             continue
         # Layers of one input have one order of columns, as GPTQ leaves them.
         seed = 1 if module.endswith(("q_proj", "k_proj", "v_proj")) else seed
+        seed = 2 if module.endswith(("gate_proj", "up_proj")) else seed
         n, k = tensors.pop(name).shape
         layer, weight = random_layer(n, k, style, seed)
         tensors |= {f"{module}.{part}": tensor for part, tensor in layer.items()}

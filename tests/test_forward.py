@@ -154,7 +154,7 @@ def test_a_layer_in_one_call_is_its_ops_one_by_one(
         torch.ops.folo.decoder_layer.default, called[0], test_utils=("test_schema", "test_faketensor")
     )
     module = importlib.import_module("folo.model.forward")  # `folo.model.forward` is the function
-    monkeypatch.setattr(module, "_all_packed", lambda weights: False)
+    monkeypatch.setattr(module, "_all_own", lambda weights: False)
     assert torch.equal(folo.model.forward(params, tokens(75)), logits)
     plain = folo.load(tmp_path, dtype=dtype, pack=False, use_tqdm=False)
     assert torch.equal(folo.model.forward(plain, tokens(75)), logits)

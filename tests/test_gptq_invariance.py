@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from checkpoints import tiny_tokenizer
 from engine import finish_all, ids_of, prompt, run, stepped
 from gptq_files import Style, gptq_checkpoint
 from test_invariance import title, verify
+from torch import Tensor
 
 import folo
 from folo import ops
 from folo.bench import cells
 from folo.bench.cells import REFERENCE, Cell, Run, Subject, array
 from folo.bench.invariance import SMALL_POOLS, prompts, requests
+from folo.ops import cpu
 from folo.ops.stacked import Stacked
 
 
@@ -59,6 +62,33 @@ def test_forward_is_what_the_engine_computes(params: folo.Params) -> None:
     assert output.logprobs is not None
     found = [table[token].logprob for table, token in zip(output.logprobs, output.token_ids, strict=True)]
     assert found == logprobs.tolist()
+
+
+@pytest.mark.skipif(cpu.instruction_set() == cpu.REFERENCE, reason="plain torch has no op of a whole layer")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("style", [Style(), Style(desc_act=True), Style(bits=8, group_size=-1)])
+def test_a_layer_in_one_call_is_its_ops_one_by_one(
+    style: Style, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second layer has a dense part, and is not one call."""
+    gptq_checkpoint(tmp_path, style, skip=("layers.1.self_attn.v_proj",), architecture="qwen3")
+    params = folo.load(tmp_path, dtype=dtype, use_tqdm=False)
+    called: list[Any] = []
+    whole = ops.decoder_layer
+
+    def count(*args: Any) -> tuple[Tensor, Tensor]:
+        called.append(args)
+        return whole(*args)
+
+    ids = torch.tensor(prompt(40))
+    monkeypatch.setattr(ops, "decoder_layer", count)
+    logits = folo.model.forward(params, ids)
+    assert len(called) == params.config.num_layers - 1
+    op = torch.ops.folo.decoder_layer.default
+    torch.library.opcheck(op, called[0], test_utils=("test_schema", "test_faketensor"))
+    monkeypatch.setattr(ops, "is_own", lambda weight: False)
+    assert torch.equal(folo.model.forward(params, ids), logits)
+    assert len(called) == params.config.num_layers - 1
 
 
 def test_a_saved_state_goes_on_with_the_same_weights_alone(

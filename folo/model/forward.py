@@ -18,6 +18,7 @@ from folo.model.params import Layer, Linear, Params, inv_freq
 from folo.ops import reference
 from folo.ops.attention import BACKENDS, attention_backend
 from folo.ops.packed import Packed
+from folo.ops.quantized import Quantized
 from folo.ops.stacked import Weight
 
 # attend(layer, qkv [T, (Hq + 2 Hkv) E], angles [T, E]) -> [T, Hq E]
@@ -126,8 +127,8 @@ def layer_in_heap(
     eps, scale = config.rms_norm_eps, config.head_dim**-0.5
     where = slots, block_tables, query_start, seq_lens
     weights = layer.qkv.weight, layer.out.weight, layer.gate_up.weight, layer.down.weight
-    if _all_packed(weights) and attention == "cpu":
-        qkv, out, gate_up, down = (weight.data for weight in weights)
+    if _all_own(weights) and attention == "cpu":
+        qkv, out, gate_up, down = (weight.parts for weight in weights)
         return ops.decoder_layer(
             *(x, residual, angles, qkv, layer.qkv.bias, layer.q_norm, layer.k_norm, out, layer.out.bias),
             *(layer.post_norm, gate_up, layer.gate_up.bias, down, layer.down.bias, next_norm),
@@ -142,8 +143,8 @@ def layer_in_heap(
     return decoder_layer(attend, layer, next_norm, x, residual, angles, eps)
 
 
-def _all_packed(weights: tuple[Weight, ...]) -> TypeGuard[tuple[Packed, ...]]:
-    return all(isinstance(weight, Packed) for weight in weights)
+def _all_own(weights: tuple[Weight, ...]) -> TypeGuard[tuple[Packed | Quantized, ...]]:
+    return all(map(ops.is_own, weights))
 
 
 def hidden_in_heap(

@@ -8,7 +8,7 @@ op itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -66,10 +66,12 @@ _op("pack(Tensor weight) -> Tensor", pack, pack)
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """`reference.linear`, whose weight may be packed, which changes no bit; or quantised, or in parts."""
     if isinstance(weight, Packed):
-        return _packed_linear(x, weight.data, weight.shape[0], bias)
+        return _packed_linear(x, *weight.parts, weight.shape[0], bias)
     if isinstance(weight, Quantized):
-        own = weight.codes, weight.scales, weight.zeros, weight.starts, weight.columns
-        return _quantized_linear(x, *own, weight.shape[0], bias)
+        codes, scales, zeros, starts, *columns = weight.parts
+        return _quantized_linear(
+            x, codes, scales, zeros, starts, columns[0] if columns else None, weight.shape[0], bias
+        )
     if isinstance(weight, Stacked):
         biases = [None] * len(weight.parts) if bias is None else bias.split(weight.heights)
         return torch.cat([linear(x, *part) for part in zip(weight.parts, biases, strict=True)], 1)
@@ -79,7 +81,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """`silu_mul(linear(x, weight, bias))`. A packed weight saves a pass, and changes no bit."""
     if isinstance(weight, Packed):
-        return _packed_gated_linear(x, weight.data, weight.shape[0], bias)
+        return _packed_gated_linear(x, *weight.parts, weight.shape[0], bias)
     return silu_mul(linear(x, weight, bias))
 
 
@@ -96,6 +98,11 @@ def packed(weight: Tensor, arena: Arena | None = None) -> Tensor | Packed:
     if not packable(weight.dtype, weight.device):
         return weight
     return Packed(pack(weight, arena), (weight.shape[0], weight.shape[1]))
+
+
+def is_own(weight: Weight) -> TypeGuard[Packed | Quantized]:
+    """Whether `decoder_layer` takes the weight: it lies in a layout of the CPU's kernels, which are there."""
+    return _HAS_KERNELS and isinstance(weight, (Packed, Quantized)) and weight.device.type == "cpu"
 
 
 rms_norm = _op(
@@ -133,12 +140,13 @@ paged_attention = _op(
     lambda q, *_: q.new_empty(q.shape),
 )
 decoder_layer = _op(
-    "decoder_layer(Tensor x, Tensor residual, Tensor angles, Tensor qkv, Tensor? qkv_bias, Tensor? q_norm, "
-    "Tensor? k_norm, Tensor out, Tensor? out_bias, Tensor post_norm, Tensor gate_up, Tensor? gate_up_bias, "
-    "Tensor down, Tensor? down_bias, Tensor next_norm, int num_heads, int inner, float eps, float scale, "
+    "decoder_layer(Tensor x, Tensor residual, Tensor angles, Tensor[] qkv, Tensor? qkv_bias, Tensor? q_norm, "
+    "Tensor? k_norm, Tensor[] out, Tensor? out_bias, Tensor post_norm, Tensor[] gate_up, "
+    "Tensor? gate_up_bias, Tensor[] down, Tensor? down_bias, Tensor next_norm, int num_heads, int inner, "
+    "float eps, float scale, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor block_tables, Tensor query_start, "
     "Tensor seq_lens) -> (Tensor, Tensor)",
-    None,  # the kernels' own: only they have packed weights
+    None,  # the kernels' own: weights are the `parts` of their layouts
     lambda x, residual, *_: (torch.empty_like(x), torch.empty_like(residual)),
 )
 copy_blocks = _op(
@@ -184,5 +192,5 @@ pick_logprobs = _op(
     ),
 )
 
-cpu.load()
+_HAS_KERNELS = cpu.load()
 cuda.load(_LIBRARIES[1])

@@ -48,6 +48,11 @@ class Packed:
     def device(self) -> torch.device:
         return self.data.device
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """What an op takes for it."""
+        return [self.data]
+
     def rows(self, index: Tensor) -> Tensor:
         """Some of the weight's rows: index int64 `[T]` -> `[T, K]`."""
         return self.data[index // TILE, :, index % TILE].flatten(1)[:, : self.shape[1]]

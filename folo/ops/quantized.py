@@ -94,6 +94,12 @@ class Quantized:
     def num_bytes(self) -> int:
         return sum(leaf.numel() * leaf.itemsize for leaf in pytree.tree_leaves(self))
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """What an op takes for it: its tensors, of which the last may be missing."""
+        parts = [self.codes, self.scales, self.zeros, self.starts]
+        return parts if self.columns is None else [*parts, self.columns]
+
     def plain(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]`. Exact in float32 and float64."""
         return stored(self.codes, self.scales, self.zeros, self.starts, dtype)[

@@ -17,26 +17,27 @@ from folo.ops.cpu.build import BuildError, library
 REFERENCE = "reference"
 
 
-def load() -> None:
-    """Compile the kernels if need be and register them with torch; warn if they cannot be had.
+def load() -> bool:
+    """Compile the kernels if need be and register them with torch; False, with a warning, if there are none.
 
     Raises:
         ConfigError: FOLO_CPU_ISA names an instruction set that this CPU does not have.
     """
     wanted = os.environ.get("FOLO_CPU_ISA")
     if wanted == REFERENCE:
-        return
+        return False
     try:
         torch.ops.load_library(str(library()))
     except (BuildError, OSError) as error:
         _warn(str(error))
-        return
+        return False
     choices = instruction_sets()
     if wanted is not None and wanted not in choices:
         raise ConfigError(f"FOLO_CPU_ISA={wanted!r}: this CPU has {', '.join(choices)}")
     if choices[0] == REFERENCE:
         _warn("this CPU has no AVX2")
     use(wanted or choices[0])
+    return True
 
 
 def instruction_sets() -> list[str]:

@@ -6,6 +6,15 @@
 
 namespace folo {
 
+// f(0), f(1), ... f(Count - 1), each number known to the compiler.
+template <int Count, typename F>
+inline void each(F&& f) {
+  if constexpr (Count > 0) {
+    each<Count - 1>(f);
+    f(std::integral_constant<int, Count - 1>{});
+  }
+}
+
 template <int Rows, typename F>
 inline void last_block(int64_t left, int64_t at, F&& f) {
   if constexpr (Rows > 0) {

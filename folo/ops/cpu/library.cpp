@@ -255,23 +255,36 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   return out;
 }
 
-// A decoder layer of packed weights, its ops one after the other: to call them from Python takes longer than some
-// of them do. What folo/model/forward.py does op by op where weights are plain.
+// Of a weight in either layout of the kernels: the parts that folo/ops/library.py gives to its op.
+Tensor linear_of(const Tensor& x, at::TensorList weight, int64_t n, const Maybe& bias) {
+  if (weight.size() == 1) return packed_linear(x, weight[0], n, bias);
+  TORCH_CHECK(weight.size() == 4 || weight.size() == 5, "a weight has 1, 4 or 5 parts, not ", weight.size());
+  const Maybe columns = weight.size() == 5 ? Maybe(weight[4]) : Maybe();
+  return quantized_linear(x, weight[0], weight[1], weight[2], weight[3], columns, n, bias);
+}
+
+Tensor gated_linear_of(const Tensor& x, at::TensorList weight, int64_t n, const Maybe& bias) {
+  if (weight.size() == 1) return packed_gated_linear(x, weight[0], n, bias);
+  return silu_mul(linear_of(x, weight, n, bias));
+}
+
+// A decoder layer, its ops one after the other: to call them from Python takes longer than some of them do. What
+// folo/model/forward.py does op by op where weights are plain.
 std::tuple<Tensor, Tensor> decoder_layer(
-    const Tensor& x, const Tensor& residual, const Tensor& angles, const Tensor& qkv, const Maybe& qkv_bias,
-    const Maybe& q_norm, const Maybe& k_norm, const Tensor& out, const Maybe& out_bias, const Tensor& post_norm,
-    const Tensor& gate_up, const Maybe& gate_up_bias, const Tensor& down, const Maybe& down_bias,
+    const Tensor& x, const Tensor& residual, const Tensor& angles, at::TensorList qkv, const Maybe& qkv_bias,
+    const Maybe& q_norm, const Maybe& k_norm, at::TensorList out, const Maybe& out_bias, const Tensor& post_norm,
+    at::TensorList gate_up, const Maybe& gate_up_bias, at::TensorList down, const Maybe& down_bias,
     const Tensor& next_norm, int64_t num_heads, int64_t inner, double eps, double scale, Tensor k_cache,
     Tensor v_cache, const Tensor& slots, const Tensor& block_tables, const Tensor& query_start,
     const Tensor& seq_lens) {
   const int64_t hidden = x.size(1), width = (num_heads + 2 * k_cache.size(2)) * angles.size(1);
-  const Tensor q = qk_norm_rope_write(packed_linear(x, qkv, width, qkv_bias), angles, q_norm, k_norm, eps, k_cache,
+  const Tensor q = qk_norm_rope_write(linear_of(x, qkv, width, qkv_bias), angles, q_norm, k_norm, eps, k_cache,
                                       v_cache, slots);
   const Tensor attended = paged_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale).flatten(1);
   const auto [normed, total] =
-      add_rms_norm(packed_linear(attended, out, hidden, out_bias), residual, post_norm, eps);
-  const Tensor gated = packed_gated_linear(normed, gate_up, 2 * inner, gate_up_bias);
-  return add_rms_norm(packed_linear(gated, down, hidden, down_bias), total, next_norm, eps);
+      add_rms_norm(linear_of(attended, out, hidden, out_bias), residual, post_norm, eps);
+  const Tensor gated = gated_linear_of(normed, gate_up, 2 * inner, gate_up_bias);
+  return add_rms_norm(linear_of(gated, down, hidden, down_bias), total, next_norm, eps);
 }
 
 bool floats(const Tensor& logits) { return kernels && logits.scalar_type() == at::kFloat; }

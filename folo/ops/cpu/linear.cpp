@@ -48,14 +48,6 @@ void write_tile(const Linear& a, const Out<T>& out, int64_t row, int64_t tile, c
   write(out.of(row, tile), sums, bias, int(std::min<int64_t>(kTile, a.n - column)));
 }
 
-// A caller's x is aligned to its elements, not to pairs of them.
-template <typename X>
-X read(const X* at) {
-  X x;
-  std::memcpy(&x, at, sizeof x);
-  return x;
-}
-
 // R rows times C tiles.
 template <typename P, int R, int C>
 void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, int64_t tile,

@@ -1,6 +1,8 @@
 // Rows of x times tiles of 16 columns: what the sources of linear layers share.
 #pragma once
 
+#include <cstring>
+
 #include "simd.h"
 
 namespace folo::FOLO_ISA {
@@ -58,6 +60,14 @@ struct Pairs {
 constexpr int kVectors = kTile / kLanes;        // of a tile
 constexpr int kWide = kLanes == 16 ? 4 : 1;     // tiles that a block of rows goes over at once
 constexpr int kRows = 6;                        // rows of a block: kRows * kWide * kVectors sums in registers
+
+// A caller's x is aligned to its elements, not to pairs of them.
+template <typename X>
+inline X read(const X* at) {
+  X x;
+  std::memcpy(&x, at, sizeof x);
+  return x;
+}
 
 // Sums of one row and the columns of a tile, of which there are `count`, to the output.
 template <typename T>
