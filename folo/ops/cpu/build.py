@@ -45,15 +45,13 @@ _COMMON = (
 )
 
 
-# For tests. FOLO_EMULATE_AMX=1: the AMX kernels on a CPU without AMX. FOLO_SANITIZE=1: see `make sanitize`.
-_VARIANTS = {
-    "FOLO_EMULATE_AMX": "-DFOLO_EMULATE_AMX",
-    "FOLO_SANITIZE": "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g",
-}
+_SANITIZERS = "-fsanitize=address,undefined"  # under FOLO_SANITIZE=1: see `make sanitize`
 
 
 def _flags() -> str:
-    return " ".join([_COMMON, *(flags for name, flags in _VARIANTS.items() if os.environ.get(name))])
+    if os.environ.get("FOLO_SANITIZE"):
+        return f"{_COMMON} {_SANITIZERS} -fno-sanitize-recover=undefined -g"
+    return _COMMON
 
 
 class BuildError(Exception):
@@ -129,9 +127,8 @@ def _compile(compiler: str, target: Path, key: str) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda item: _run([compiler, *item[1], "-o", item[0]]), commands.items()))
         partial = f"{directory}/kernels.so"
-        sanitizers = _VARIANTS["FOLO_SANITIZE"].split()[:1] if os.environ.get("FOLO_SANITIZE") else []
         libraries = [
-            *sanitizers,
+            *([_SANITIZERS] if os.environ.get("FOLO_SANITIZE") else []),
             f"-L{root / 'lib'}",
             "-ltorch_cpu",
             "-lc10",
