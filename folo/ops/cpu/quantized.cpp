@@ -1,8 +1,8 @@
 // x [m, k] times a weight of 2, 4 or 8 bits in groups along k: folo/ops/quantized.py says how it lies.
 //
 // code - zero is a whole number of at most 8 bits, exact in bfloat16. Spans of at most 128 columns, of one
-// group each, are widened into a cache, multiplied with all rows that a thread has, their sums scaled and
-// added in order, in fp32: one order, which the length of the groups decides, for every m.
+// scale each, are widened into a cache, multiplied with all rows that a thread has, their sums scaled and
+// added in order, in fp32: one order, which the weight's layout decides, for every m.
 #include <omp.h>
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace folo::FOLO_ISA {
 namespace {
 
 constexpr int kBlock = 32;  // columns
-constexpr int kSpan = 4;    // blocks that are widened at once
+constexpr int kSpan = 4;    // blocks that are widened at once, at most
 constexpr int kMost = 96;   // rows of a chunk
 #if defined(FOLO_AVX512_BF16) || defined(FOLO_AMX)
 constexpr bool kPairs = true;
@@ -188,6 +188,7 @@ void product(const Quantized& a, const typename P::X* x) {
   constexpr int64_t kUnits = kBlock / kPer, kTileStride = kSpan * kUnits * kTile;
   const int64_t all_tiles = (a.n + kTile - 1) / kTile, panels = (all_tiles + M::kTiles - 1) / M::kTiles;
   const int64_t chunks = (a.m + kMost - 1) / kMost, stride = a.blocks * kUnits;
+  const int64_t spans = (a.blocks + a.span - 1) / a.span;
 #pragma omp parallel
   {
     M multiplier;
@@ -198,19 +199,17 @@ void product(const Quantized& a, const typename P::X* x) {
       const int64_t first = task % chunks * kMost, count = std::min<int64_t>(kMost, a.m - first);
       const int64_t tile = task / chunks * M::kTiles, tiles = std::min<int64_t>(M::kTiles, all_tiles - tile);
       std::fill_n(totals, count * M::kTiles * kTile, 0.0f);
-      for (int64_t group = 0; group < a.groups; ++group) {
+      for (int64_t s = 0; s < spans; ++s) {
+        const int64_t at = s * a.span, span = std::min(a.span, a.blocks - at);
         Float scales[M::kTiles * kVectors];
-        for (int64_t t = 0; t < tiles; ++t)
-          for (int v = 0; v < kVectors; ++v)
-            scales[t * kVectors + v] = load(a.scales + ((tile + t) * a.groups + group) * kTile + v * kLanes);
-        for (int64_t at = a.starts[group]; at < a.starts[group + 1]; at += kSpan) {
-          const int64_t span = std::min<int64_t>(kSpan, a.starts[group + 1] - at);
-          for (int64_t t = 0; t < tiles; ++t)
-            widen<Bits>(a.codes + ((tile + t) * a.blocks + at) * Bits * kTile, span * Bits,
-                        a.zeros + ((tile + t) * a.groups + group) * kTile, wide + t * kTileStride);
-          multiplier.panel(x + first * stride + at * kUnits, stride, count, wide, kTileStride, span * kUnits, tiles,
-                           scales, totals);
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t own = ((tile + t) * spans + s) * kTile;
+          for (int v = 0; v < kVectors; ++v) scales[t * kVectors + v] = load(a.scales + own + v * kLanes);
+          widen<Bits>(a.codes + ((tile + t) * a.blocks + at) * Bits * kTile, span * Bits, a.zeros + own,
+                      wide + t * kTileStride);
         }
+        multiplier.panel(x + first * stride + at * kUnits, stride, count, wide, kTileStride, span * kUnits, tiles,
+                         scales, totals);
       }
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t t = 0; t < tiles; ++t) {
