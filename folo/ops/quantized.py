@@ -114,7 +114,7 @@ class Quantized:
             _unpacked(self.codes)[:n, places].contiguous(),
             scales,
             zeros,
-            groups[places // (BLOCK * span(self.codes, self.scales))],
+            groups[places // (BLOCK * span_blocks(self.codes, self.scales))],
             self.bits,
             self.group_size,
         )
@@ -157,7 +157,7 @@ def quantized(weight: Grouped, arena: Arena | None = None) -> Quantized:
     )
 
 
-def span(codes: Tensor, scales: Tensor) -> int:
+def span_blocks(codes: Tensor, scales: Tensor) -> int:
     """Blocks of a span of `Quantized`, as the shapes say; of one that is all there is, as many as matter."""
     needed = -(-codes.shape[1] // scales.shape[1])
     return next(blocks for blocks in SPANS if blocks >= needed)
@@ -165,7 +165,7 @@ def span(codes: Tensor, scales: Tensor) -> int:
 
 def stored(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
     """The columns as they stand in the layout of `Quantized`, `[16 ceil(N / 16), 32 B]`."""
-    spans = torch.arange(codes.shape[1], device=codes.device) // span(codes, scales)
+    spans = torch.arange(codes.shape[1], device=codes.device) // span_blocks(codes, scales)
     values = _unpacked(codes).unflatten(1, (-1, BLOCK)).to(dtype)
     scales, zeros = (part.to(dtype).transpose(1, 2).flatten(0, 1)[:, spans, None] for part in (scales, zeros))
     return ((values - zeros) * scales).flatten(1)
