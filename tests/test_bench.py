@@ -476,8 +476,8 @@ class TestGraph:
 
     def test_is_refused_without_a_gpu(self, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-        for argv in (["bench", "graph"], ["bench", "gpu", "--out", "results"]):
-            assert main(argv) == 2
+        for argv in (["graph"], ["gpu", "--out", "results"], ["gptq", "--device", "cuda"]):
+            assert main(["bench", *argv]) == 2
             assert "needs a CUDA device, and torch finds none" in capsys.readouterr().err
 
 
