@@ -75,6 +75,7 @@ class Quantized:
     groups: int32 `[S]`, the group of each span.
     columns: int64 `[32 B]`, the column that stands at each place, K where none does; None if they stand in
         their own order, and none beyond the last.
+    num_groups: those of `Grouped`, some of which may have no column, and so no span.
     """
 
     codes: Tensor
