@@ -65,6 +65,7 @@ def _product(
     codes += first_tile * words * 16
     scales += first_tile * spans * 16
     zeros += first_tile * spans * 16
+    weight, scaling = tile * words * 16 + lane, tile * spans * 16 + lane
 
     begin = tl.program_id(1) * reach
     end = tl.minimum(begin + reach, tl.cdiv(blocks, STEP))
@@ -76,11 +77,11 @@ def _product(
             x_live = row_live[:, None] & (at < k)[None, :]
             a = tl.load(x + row[:, None] * k + at[None, :], mask=x_live, other=0.0)
             word = step * (BITS * STEP) + tl.arange(0, BITS * STEP)
-            place = (tile * words * 16 + lane)[:, None] + word[None, :] * 16
-            packed = tl.load(codes + place, mask=stored[:, None] & (word < words)[None, :], other=0)
-            own = (tile * spans + step * STEP // SPAN) * 16 + lane
-            zero = tl.load(zeros + own, mask=stored, other=0)
-            scale = tl.load(scales + own, mask=stored, other=0.0).to(tl.float32)
+            word_live = stored[:, None] & (word < words)[None, :]
+            packed = tl.load(codes + weight[:, None] + word[None, :] * 16, mask=word_live, other=0)
+            span = step * STEP // SPAN
+            zero = tl.load(zeros + scaling + span * 16, mask=stored, other=0)
+            scale = tl.load(scales + scaling + span * 16, mask=stored, other=0.0).to(tl.float32)
             b = _less(_unpacked(packed, BITS), zero).to(x.dtype.element_ty)
             part += tl.dot(a, tl.trans(b), input_precision="ieee") * scale[None, :]
         total += part
