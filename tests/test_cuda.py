@@ -13,7 +13,10 @@ import pytest
 import torch
 from checkpoints import tiny_checkpoint
 from engine import finish_all, prompt
+from gptq_files import Style, gptq_checkpoint
+from test_gptq_kernels import weight
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import folo
 from folo import ops
@@ -21,6 +24,7 @@ from folo.bench import invariance
 from folo.bench.cells import REFERENCE, Run, Subject, array, run
 from folo.ops import reference, sampler
 from folo.ops.attention import BACKENDS
+from folo.ops.quantized import BITS, Quantized
 
 pytestmark = pytest.mark.cuda
 
@@ -71,6 +75,50 @@ def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     close(alone, x.double() @ weight.double().t() + bias.double(), dtype)
     large = torch.cat([x] * 8)
     assert same_bits(ops.linear(large, weight, bias), torch.cat([alone] * 8)), "tall tiles"
+
+
+def quantised(n: int, k: int, group_size: int, bits: int, desc_act: bool) -> Quantized:
+    return pytree.tree_map(lambda part: part.to(DEVICE), weight(n, k, group_size, bits, desc_act))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [(36, 130, 48), (960, 576, 32), (1024, 3072, 128), (4096, 1024, -1), (6144, 1024, 64), (20, 20, 128)],
+)
+def test_quantised_linear(n: int, k: int, group_size: int, bits: int, dtype: torch.dtype) -> None:
+    x, bias = random(ROWS, k, dtype=dtype), random(n, dtype=dtype)
+    for desc_act in (False, True):
+        packed = quantised(n, k, group_size, bits, desc_act)
+        (alone,) = check_rows(lambda rows, packed=packed: (ops.linear(x[rows], packed, bias),))
+        close(alone, x.double() @ packed.plain(torch.float64).t() + bias.double(), dtype)
+        large = torch.cat([x] * 8)
+        assert same_bits(ops.linear(large, packed, bias), torch.cat([alone] * 8)), "tall tiles"
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_code_of_a_quantised_weight_finds_its_place(bits: int) -> None:
+    """A row that is one column of 1 gives that column of the weight, which float32 holds exactly."""
+    for n, k, group_size in ((36, 130, 48), (960, 576, 32), (100, 192, 128), (48, 96, -1)):
+        for desc_act in (False, True):
+            packed = quantised(n, k, group_size, bits, desc_act)
+            one = torch.eye(k, device=DEVICE)
+            assert torch.equal(ops.linear(one, packed), packed.plain().t()), (n, k, desc_act)
+            for dtype in HALF:
+                assert torch.equal(ops.linear(one.to(dtype), packed), packed.plain().t().to(dtype)), dtype
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_a_quantised_linear_does_not_wait_for_the_device() -> None:
+    packed, x = quantised(96, 160, 32, 4, desc_act=True), random(5, 160, dtype=torch.bfloat16)
+    expected = ops.linear(x, packed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = ops.linear(x, packed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert same_bits(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -237,10 +285,17 @@ def tiny_on_cuda(tiny_dir: Path) -> folo.Params:
     return folo.load(str(tiny_dir), device=DEVICE, use_tqdm=False)
 
 
-@pytest.fixture(scope="module")
-def matrix(tiny_on_cuda: folo.Params, tiny_dir: Path) -> tuple[Subject, Run]:
+@pytest.fixture(scope="module", params=["dense", "4 bits"])
+def matrix(
+    request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Subject, Run]:
+    path = tiny_dir
+    if request.param == "4 bits":
+        path = tmp_path_factory.mktemp("gptq")
+        gptq_checkpoint(path, Style(desc_act=True), architecture="qwen3", tokenizer=True)
+    params = folo.load(str(path), device=DEVICE, use_tqdm=False)
     asked = invariance.requests(invariance.random_prompts(300))
-    subject = Subject(tiny_on_cuda, str(tiny_dir), asked, invariance.SMALL_POOLS)
+    subject = Subject(params, str(path), asked, invariance.SMALL_POOLS)
     return subject, run(subject, REFERENCE)
 
 

@@ -103,17 +103,18 @@ def test_four_bits_take_little_memory() -> None:
 @pytest.mark.skipif(cpu.instruction_set() == cpu.REFERENCE, reason="plain torch has no kernels to ask")
 def test_parts_that_do_not_fit_are_refused() -> None:
     packed, op = weight(32, 64, 32), torch.ops.folo.quantized_linear.default
-    parts = packed.codes, packed.scales, packed.zeros, packed.starts, None, 32
     with pytest.raises(RuntimeError, match="does not fit x"):
-        op(random(3, 96), *parts)
-    with pytest.raises(RuntimeError, match="begin in order"):
-        op(random(3, 64), *parts[:3], packed.starts.flip(0), *parts[4:])
+        op(random(3, 96), packed.codes, packed.scales, packed.zeros, None, 32)
+    two = weight(32, 128, 128)
+    for spans in (two.scales[:, :0], two.scales.repeat(1, 5, 1)):
+        with pytest.raises(RuntimeError, match="does not fit x"):
+            op(random(3, 128), two.codes, spans.contiguous(), spans.byte().contiguous(), None, 32)
 
 
 @pytest.mark.parametrize("columns", [False, True])
 def test_schema_and_shape_function_agree_with_the_op(columns: bool) -> None:
     packed = weight(20, 96, 32, desc_act=columns)
-    own = packed.codes, packed.scales, packed.zeros, packed.starts, packed.columns
+    own = packed.codes, packed.scales, packed.zeros, packed.columns
     op = torch.ops.folo.quantized_linear.default
     arguments = random(5, 96), *own, 20, random(20)
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -29,6 +29,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that a program may have, for the compute capabilities that folo compiles for (times ten)."""
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+OPERAND = re.compile(r"dot_op<\{(opIdx = \d), [^}]*(kWidth = \d+)\}")
 MATRIX_INSTRUCTION = re.compile(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S+")
 
 
@@ -36,6 +37,7 @@ MATRIX_INSTRUCTION = re.compile(r"(?:wgmma\.mma_async|mma)\.sync\.aligned\.\S+")
 class Compiled:
     """What the machine code of a build uses; `stack` is in bytes, of registers that were spilled.
 
+    instructions: those of matrices, and how many neighbours along K a thread hands them in an operand.
     reductions: for sums and maxima of floats, how what is reduced lies in threads, which is their order.
     """
 
@@ -58,7 +60,8 @@ def compiled(build: Build, capability: int, folder: Path) -> Compiled:
         [CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
     stack = sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
-    instructions = frozenset(MATRIX_INSTRUCTION.findall(done.asm["ptx"]))
+    operands = [" ".join(found) for found in OPERAND.findall(done.asm["ttgir"])]
+    instructions = frozenset(MATRIX_INSTRUCTION.findall(done.asm["ptx"]) + operands)
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", done.asm["ttgir"], re.MULTILINE))
     reduced = re.findall(r"\}\) : \(tensor<(\S+xf32), (#\w+)>\)", done.asm["ttgir"])
     reductions = frozenset(f"{shape} {layouts[layout]}" for shape, layout in reduced)

@@ -18,9 +18,11 @@ from folo.ops.cuda.attention import paged_attention
 from folo.ops.cuda.kernel import DTYPES, Kernel
 from folo.ops.cuda.linear import linear
 from folo.ops.cuda.norm import add_rms_norm, rms_norm, silu_mul
+from folo.ops.cuda.quantized import quantized_linear
 from folo.ops.cuda.rope import qk_norm_rope_write
 from folo.ops.cuda.sampler import draw, log_softmax, philox
 from folo.ops.cuda.warp import warp
+from folo.ops.quantized import BITS, SPANS
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -34,6 +36,19 @@ def products(dtype: torch.dtype) -> None:
             x = empty(m * k + 1, dtype=dtype)[1:].view(m, k)  # at an odd address
             linear(x, weight)
             linear(x, weight, bias)
+
+
+def quantised_products(dtype: torch.dtype) -> None:
+    for n, k in ((1024, 2048), (24576, 1024), (100, 130)):
+        tiles, blocks, bias = -(-n // 16), -(-k // 32), empty(n + 1, dtype=dtype)[1:]
+        for bits, span in ((bits, span) for bits in BITS for span in SPANS):
+            codes = torch.empty(tiles, blocks, bits, 16, dtype=torch.int32)
+            scales = empty(tiles, -(-blocks // span), 16, dtype=torch.float16)
+            columns = torch.zeros(32 * blocks, dtype=torch.int64)
+            for m in (0, 1, 65, 2600):
+                x = empty(m * k + 1, dtype=dtype)[1:].view(m, k)
+                quantized_linear(x, codes, scales, scales.byte(), None, n)
+                quantized_linear(x, codes, scales, scales.byte(), columns, n, bias)
 
 
 def norms(dtype: torch.dtype) -> None:
@@ -86,6 +101,7 @@ LAUNCHES = {
     "attention": sequences,
     "linear": products,
     "norm": norms,
+    "quantized": quantised_products,
     "rope": heads,
     "sampler": samples,
     "warp": truncations,

@@ -2,24 +2,26 @@
 
 The four linear layers of a decoder layer of Qwen3-0.6B, on copies that together exceed the caches, and whole
 decode steps of a random model of its shape, whose output layer is bfloat16 in both. What is compared runs in
-turn.
+turn; on a GPU it is replayed from CUDA graphs, and the clock is the device's.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from folo.bench import report
-from folo.bench.growth import decode_times
+from folo.bench import graph, report
+from folo.bench.growth import decode_times, decoding
 from folo.bench.kernels import SHAPES
 
 if TYPE_CHECKING:
-    from folo.model.config import DecoderConfig
+    import torch
+
+    import folo
     from folo.ops.stacked import Weight
 
 BATCHES, CONTEXT = (1, 32), 256
@@ -42,7 +44,9 @@ class Ratio:
         return self.dense / self.quantised
 
 
-def linears(shapes: Sequence[tuple[int, int]], batch: int, copies: int = _COPIES) -> Ratio:
+def linears(
+    shapes: Sequence[tuple[int, int]], batch: int, copies: int = _COPIES, device: str = "cpu"
+) -> Ratio:
     """Of one row or several through layers `[N, K]`, each on inputs of its own."""
     import torch
 
@@ -50,40 +54,62 @@ def linears(shapes: Sequence[tuple[int, int]], batch: int, copies: int = _COPIES
     from folo.bench.workloads import random_grouped
     from folo.ops.memory import Arena
 
-    numbers = torch.Generator().manual_seed(0)
+    numbers = torch.Generator(device).manual_seed(0)
     size = 2 * copies * sum(n * k for n, k in shapes)
-    arenas = Arena(size), Arena(size // 2)
-    inputs = [torch.randn(batch, k, generator=numbers).bfloat16() for _, k in shapes]
+    arenas = (Arena(size), Arena(size // 2)) if device == "cpu" else (None, None)
+    inputs = [torch.randn(batch, k, generator=numbers, device=device).bfloat16() for _, k in shapes]
     dense: list[list[Weight]] = []
     quantised: list[list[Weight]] = []
     for _ in range(copies):
-        dense.append([ops.packed(torch.ones(n, k, dtype=torch.bfloat16), arenas[0]) for n, k in shapes])
+        plain = [torch.ones(n, k, dtype=torch.bfloat16, device=device) for n, k in shapes]
+        dense.append([ops.packed(weight, arenas[0]) for weight in plain])
         quantised.append([ops.quantized(random_grouped(n, k, _BITS, numbers), arenas[1]) for n, k in shapes])
 
-    def run(layers: list[list[Weight]]) -> float:
-        begin = time.perf_counter()
-        for weights in layers:
-            for x, weight in zip(inputs, weights, strict=True):
-                ops.linear(x, weight)
-        return (time.perf_counter() - begin) / copies
+    def through(layers: list[list[Weight]]) -> Callable[[], float]:
+        def run() -> torch.Tensor:
+            out = inputs[0]
+            for weights in layers:
+                for x, weight in zip(inputs, weights, strict=True):
+                    out = ops.linear(x, weight)
+            return out
 
-    return _ratio("linear layers", batch, lambda: run(dense), lambda: run(quantised))
+        seconds = _timed(run, torch.device(device))
+        return lambda: seconds() / copies
+
+    return _ratio("linear layers", batch, through(dense), through(quantised))
 
 
-def steps(config: DecoderConfig, batches: Sequence[int] = BATCHES) -> list[Ratio]:
+def _timed(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], float]:
+    """The seconds of a run; on a GPU, of one that is captured: launches would take longer than the work."""
+    from folo.graph import CudaGraphs
+
+    work = CudaGraphs().capture(run)[0] if device.type == "cuda" else run
+
+    def seconds() -> float:
+        clock = graph.Clock(device)
+        clock.mark()
+        work()
+        clock.mark()
+        return clock.between()[0]
+
+    return seconds
+
+
+def steps(dense: folo.Params, quantised: folo.Params, batches: Sequence[int] = BATCHES) -> list[Ratio]:
     """Of whole decode steps."""
-    from folo.bench.workloads import random_model
-
-    dense, quantised = random_model(config), random_model(config, bits=_BITS)
     return [
-        _ratio(
-            "decode step",
-            batch,
-            lambda batch=batch: median(decode_times(dense, batch, CONTEXT)),
-            lambda batch=batch: median(decode_times(quantised, batch, CONTEXT)),
-        )
+        _ratio("decode step", batch, _stepping(dense, batch), _stepping(quantised, batch))
         for batch in batches
     ]
+
+
+def _stepping(params: folo.Params, batch: int) -> Callable[[], float]:
+    from folo.graph import CudaGraphs
+
+    if params.device.type == "cpu":
+        return lambda: median(decode_times(params, batch, CONTEXT))
+    state, graphs = decoding(params, batch, CONTEXT, graph.MOST_STEPS), CudaGraphs()
+    return lambda: graph.measure(params, state, "graph", CONTEXT, rate=math.inf, recorder=graphs).p50
 
 
 def _ratio(
@@ -101,20 +127,29 @@ def register(commands: Any) -> None:
         "groups of 128, against bfloat16.",
         allow_abbrev=False,
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     report.add_output_options(parser, plot=False)
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    from folo.bench.workloads import QWEN3_600M
+    import torch
 
+    from folo.bench.workloads import QWEN3_600M, random_model
+    from folo.errors import ConfigError
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("folo bench gptq --device cuda needs a CUDA device, and torch finds none")
     shapes = [shape for name, shape in SHAPES[1].linears.items() if name != "head"]
-    ratios = [linears(shapes, batch) for batch in BATCHES] + steps(QWEN3_600M)
+    ratios = [linears(shapes, batch, device=args.device) for batch in BATCHES]
+    dense, quantised = (random_model(QWEN3_600M, bits=bits, device=args.device) for bits in (None, _BITS))
+    ratios += steps(dense, quantised)
     rows = [
-        [r.what, r.batch, f"{1e3 * r.dense:.2f}", f"{1e3 * r.quantised:.2f}", f"{r.faster:.2f} x"]
+        [r.what, r.batch, f"{1e3 * r.dense:.3f}", f"{1e3 * r.quantised:.3f}", f"{r.faster:.2f} x"]
         for r in ratios
     ]
     print(report.table(["what", "batch", "bfloat16, ms", "4 bits, ms", "faster"], rows))
     if args.json:
-        report.write_json(args.json, "gptq", [asdict(ratio) | {"faster": ratio.faster} for ratio in ratios])
+        content = [asdict(ratio) | {"faster": ratio.faster} for ratio in ratios]
+        report.write_json(args.json, "gptq", content, quantised)
     report.print_files(args)

@@ -1,6 +1,6 @@
 """`folo bench gpu`: everything that needs a GPU, in one command and within minutes.
 
-The tests marked `cuda`, the graph and the throughput benchmarks, the invariance matrix, one process each.
+The tests marked `cuda`, the graph, throughput and GPTQ benchmarks, the invariance matrix, one process each.
 Each part has a time limit, and the next one begins whatever became of it. Needs pytest, and folo's checkout
 for the tests; nothing is fetched. `summary.json` says how each part ended, `log.txt` what it printed.
 """
@@ -62,12 +62,14 @@ def parts(out: Path) -> list[Part]:
     pytest = ("pytest", "-m", "cuda", *(("-n", "6") if find_spec("xdist") else ()), "-W", "default")
     sizes = ("--batches", "1", "8", "64", "256", "--contexts", "128", "1024", "8192")
     nano = "--workload", "nano", "--alone", "--repeats", "2"
+    gptq = "folo", "bench", "gptq", "--device", "cuda", "--json", str(out / "gptq.json")
     return [
         Part("tests", (*pytest, "--tb=short", "-p", "no:cacheprovider", _TESTS), 240),
         bench("latency", "latency", "--repeats", "3", limit=100),
         bench("graph", "graph", *sizes, limit=180, plot=True),
         bench("nano", "throughput", *nano, limit=120),
         bench("invariance", "invariance", "--cells", "8", limit=180),
+        Part("gptq", gptq, 150),
         bench("peer", "compare", "--peer", "transformers", "--workloads", "nano", "--pairs", "1", limit=500),
     ]
 

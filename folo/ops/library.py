@@ -55,10 +55,10 @@ _packed_gated_linear = _op(
     lambda x, packed, n, bias=None: x.new_empty((x.shape[0], n // 2)),
 )
 _quantized_linear = _op(
-    "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor starts, Tensor? columns, "
-    "int n, Tensor? bias=None) -> Tensor",
+    "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? columns, int n, "
+    "Tensor? bias=None) -> Tensor",
     reference.quantized_linear,
-    lambda x, codes, scales, zeros, starts, columns, n, bias=None: x.new_empty((x.shape[0], n)),
+    lambda x, codes, scales, zeros, columns, n, bias=None: x.new_empty((x.shape[0], n)),
 )
 _op("pack(Tensor weight) -> Tensor", pack, pack)
 
@@ -68,9 +68,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, Packed):
         return _packed_linear(x, *weight.parts, weight.shape[0], bias)
     if isinstance(weight, Quantized):
-        codes, scales, zeros, starts, *columns = weight.parts
+        codes, scales, zeros, *columns = weight.parts
         return _quantized_linear(
-            x, codes, scales, zeros, starts, columns[0] if columns else None, weight.shape[0], bias
+            x, codes, scales, zeros, columns[0] if columns else None, weight.shape[0], bias
         )
     if isinstance(weight, Stacked):
         biases = [None] * len(weight.parts) if bias is None else bias.split(weight.heights)

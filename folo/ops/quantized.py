@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from folo.ops.packed import TILE
 
 BITS = (2, 4, 8)
 BLOCK = 32  # columns that fill one word for each bit of a code
+SPANS = (1, 2, 4)  # blocks that may share a scale: kernels multiply no more at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +70,22 @@ class Quantized:
 
     codes: int32 `[ceil(N / 16), B, bits, 16]`. A word holds 32 / bits columns of a row: the even ones in its
         lower half, the odd ones in its upper half, low bits first, so that a shift and a mask leave a pair.
-    scales, zeros: float16 and uint8 `[ceil(N / 16), G, 16]`.
-    starts: int32 `[G + 1]`: group g has the blocks from starts[g] to starts[g + 1].
+    scales, zeros: float16 and uint8 `[ceil(N / 16), S, 16]`, for each span: of 4 blocks if every group begins
+        at a multiple of 4, else of 2 if each begins at one of 2, else of 1. Kernels need not know of groups.
+    groups: int32 `[S]`, the group of each span.
     columns: int64 `[32 B]`, the column that stands at each place, K where none does; None if they stand in
         their own order, and none beyond the last.
+    num_groups: those of `Grouped`, some of which may have no column, and so no span.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor
-    starts: Tensor
+    groups: Tensor
     columns: Tensor | None
     shape: tuple[int, int]
     group_size: int
+    num_groups: int
 
     @property
     def bits(self) -> int:
@@ -97,24 +102,26 @@ class Quantized:
     @property
     def parts(self) -> list[Tensor]:
         """What an op takes for it: its tensors, of which the last may be missing."""
-        parts = [self.codes, self.scales, self.zeros, self.starts]
+        parts = [self.codes, self.scales, self.zeros]
         return parts if self.columns is None else [*parts, self.columns]
 
     def plain(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]`. Exact in float32 and float64."""
-        return stored(self.codes, self.scales, self.zeros, self.starts, dtype)[
-            : self.shape[0], self._places()
-        ]
+        return stored(self.codes, self.scales, self.zeros, dtype)[: self.shape[0], self._places()]
 
     def grouped(self) -> Grouped:
-        """The weight as `quantized` got it."""
+        """The weight as `quantized` got it, but for groups that have no column: scales and zeros 0."""
         n = self.shape[0]
-        places = self._places()
+        places, groups = self._places(), self.groups.long()
+        scales, zeros = self.scales.new_zeros(self.num_groups, n), self.zeros.new_zeros(self.num_groups, n)
+        scales[groups], zeros[groups] = (
+            part.transpose(1, 2).flatten(0, 1)[:n].t() for part in (self.scales, self.zeros)
+        )
         return Grouped(
             _unpacked(self.codes)[:n, places].contiguous(),
-            self.scales.transpose(1, 2).flatten(0, 1)[:n].t().contiguous(),
-            self.zeros.transpose(1, 2).flatten(0, 1)[:n].t().contiguous(),
-            _groups(self.starts)[places // BLOCK],
+            scales,
+            zeros,
+            groups[places // (BLOCK * span_blocks(self.codes, self.scales))],
             self.bits,
             self.group_size,
         )
@@ -142,35 +149,45 @@ def quantized(weight: Grouped, arena: Arena | None = None) -> Quantized:
     if arena is not None:
         codes = arena.take(tuple(codes.shape), codes.dtype).copy_(codes)
     in_order = torch.equal(columns[:k], torch.arange(k, device=columns.device))
+    whole = math.gcd(SPANS[-1], *starts[:-1].tolist())
+    first = torch.arange(0, int(starts[-1]), whole, device=starts.device)
+    groups = torch.searchsorted(starts, first, right=True) - 1
     return Quantized(
         codes,
-        _tiles(weight.scales),
-        _tiles(weight.zeros),
-        starts.int(),
+        _tiles(weight.scales[groups]),
+        _tiles(weight.zeros[groups]),
+        groups.int(),
         None if in_order else columns,
         (n, k),
         weight.group_size,
+        len(counts),
     )
 
 
-def stored(codes: Tensor, scales: Tensor, zeros: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+def span_blocks(codes: Tensor, scales: Tensor) -> int:
+    """Blocks of a span of `Quantized`, as the shapes say; of one that is all there is, as many as matter."""
+    needed = -(-codes.shape[1] // scales.shape[1])
+    return next(blocks for blocks in SPANS if blocks >= needed)
+
+
+def stored(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
     """The columns as they stand in the layout of `Quantized`, `[16 ceil(N / 16), 32 B]`."""
-    groups = _groups(starts)
+    spans = torch.arange(codes.shape[1], device=codes.device) // span_blocks(codes, scales)
     values = _unpacked(codes).unflatten(1, (-1, BLOCK)).to(dtype)
-    scales, zeros = (
-        part.to(dtype).transpose(1, 2).flatten(0, 1)[:, groups, None] for part in (scales, zeros)
-    )
+    scales, zeros = (part.to(dtype).transpose(1, 2).flatten(0, 1)[:, spans, None] for part in (scales, zeros))
     return ((values - zeros) * scales).flatten(1)
 
 
-def _groups(starts: Tensor) -> Tensor:
-    """The group of each block, int64 `[B]`."""
-    groups = torch.arange(len(starts) - 1, device=starts.device)
-    return torch.repeat_interleave(groups, starts.diff())
+def placed(x: Tensor, codes: Tensor, columns: Tensor | None) -> Tensor:
+    """x `[M, K]` as the columns stand in the layout of `Quantized`, `[M, 32 B]`: zero where none does."""
+    if columns is not None:
+        return F.pad(x, (0, 1))[:, columns]
+    missing = BLOCK * codes.shape[1] - x.shape[1]
+    return F.pad(x, (0, missing)) if missing else x  # F.pad copies in any case
 
 
 def _tiles(rows: Tensor) -> Tensor:
-    """`[G, N]` -> `[ceil(N / 16), G, 16]`."""
+    """`[S, N]` -> `[ceil(N / 16), S, 16]`."""
     return F.pad(rows, (0, -rows.shape[1] % TILE)).unflatten(1, (-1, TILE)).transpose(0, 1).contiguous()
 
 
@@ -196,7 +213,7 @@ def _unpacked(words: Tensor) -> Tensor:
     return torch.stack(columns, -1).flatten(1)
 
 
-_LEAVES = ("codes", "scales", "zeros", "starts", "columns")
+_LEAVES = ("codes", "scales", "zeros", "groups", "columns")
 
 
 def _flatten_with_keys(weight: Any) -> tuple[list[Any], Any]:
@@ -204,6 +221,7 @@ def _flatten_with_keys(weight: Any) -> tuple[list[Any], Any]:
     return [(pytree.GetAttrKey(name), getattr(weight, name)) for name in present], (
         weight.shape,
         weight.group_size,
+        weight.num_groups,
     )
 
 
@@ -213,8 +231,8 @@ def _flatten(weight: Any) -> tuple[list[Any], Any]:
 
 
 def _unflatten(children: Any, context: Any) -> Quantized:
-    codes, scales, zeros, starts, *columns = children
-    return Quantized(codes, scales, zeros, starts, columns[0] if columns else None, *context)
+    codes, scales, zeros, groups, *columns = children
+    return Quantized(codes, scales, zeros, groups, columns[0] if columns else None, *context)
 
 
 pytree.register_pytree_node(

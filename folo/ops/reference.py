@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from folo.ops.quantized import stored
+from folo.ops.quantized import placed, stored
 from folo.ops.reduce import row_sum
 
 ROW_TILE = 16  # rows of a matrix product, and query rows of an attention tile
@@ -73,17 +73,14 @@ def quantized_linear(
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor,
-    starts: Tensor,
     columns: Tensor | None,
     n: int,
     bias: Tensor | None = None,
 ) -> Tensor:
     """`linear` of a `Quantized` weight, dequantised without rounding: x `[M, K]` -> `[M, n]` in x's dtype."""
     wide = _wide(x)
-    weight = stored(codes, scales, zeros, starts, wide.dtype)[:n]
-    if columns is not None:
-        wide = F.pad(wide, (0, 1))[:, columns]
-    wide = F.pad(wide, (0, weight.shape[1] - wide.shape[1]))
+    weight = stored(codes, scales, zeros, wide.dtype)[:n]
+    wide = placed(wide, codes, columns)
     return linear(wide, weight, None if bias is None else bias.to(wide.dtype)).to(x.dtype)
 
 

@@ -29,13 +29,12 @@ struct Quantized {
   Dtype dtype;
   const void* x;           // [m, k]
   const int32_t* codes;    // [ceil(n / 16)][blocks][bits][16]
-  const fp16* scales;      // [ceil(n / 16)][groups][16]
+  const fp16* scales;      // [ceil(n / 16)][ceil(blocks / span)][16]
   const uint8_t* zeros;    // as scales
-  const int32_t* starts;   // [groups + 1]: a group's first block
   const int64_t* columns;  // [32 blocks]: the column of x at each place, or none below k; null: in order
   const void* bias;        // [n], or null
   void* out;               // [m, n]
-  int64_t m, n, k, bits, blocks, groups;
+  int64_t m, n, k, bits, blocks, span;
 };
 
 struct Norm {

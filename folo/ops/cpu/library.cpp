@@ -6,7 +6,6 @@
 #include <torch/library.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -153,31 +152,29 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-                        const Tensor& starts, const Maybe& columns, int64_t n, const Maybe& bias) {
+                        const Maybe& columns, int64_t n, const Maybe& bias) {
   if (!known(x))
-    return reference<Tensor>("folo_reference::quantized_linear", x, codes, scales, zeros, starts, columns, n, bias);
+    return reference<Tensor>("folo_reference::quantized_linear", x, codes, scales, zeros, columns, n, bias);
   if (bias) same_dtype(x, {&*bias});
-  const Tensor rows = x.contiguous(), first = starts.contiguous();
+  const Tensor rows = x.contiguous();
   const Maybe places = columns ? Maybe(columns->contiguous()) : Maybe();
   const Maybe biases = bias ? Maybe(bias->contiguous()) : Maybe();
-  const int64_t k = rows.size(1), tiles = (n + 15) / 16, blocks = codes.size(1), groups = scales.size(1);
+  const int64_t k = rows.size(1), tiles = (n + 15) / 16, blocks = codes.size(1), spans = scales.size(1);
+  int64_t span = 1;
+  while (span < 4 && span * spans < blocks) span *= 2;
   TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous() &&
                   codes.scalar_type() == at::kInt && scales.scalar_type() == at::kHalf &&
-                  zeros.scalar_type() == at::kByte && first.scalar_type() == at::kInt &&
-                  (!places || places->scalar_type() == at::kLong),
+                  zeros.scalar_type() == at::kByte && (!places || places->scalar_type() == at::kLong),
               "a quantised weight has other dtypes, and its parts are contiguous");
   TORCH_CHECK(codes.size(0) == tiles && codes.size(3) == 16 && scales.sizes() == zeros.sizes() &&
-                  scales.size(0) == tiles && scales.size(2) == 16 && first.size(0) == groups + 1 &&
+                  scales.size(0) == tiles && scales.size(2) == 16 && (blocks + span - 1) / span == spans &&
                   (places ? places->size(0) == 32 * blocks : k <= 32 * blocks && 32 * blocks < k + 32),
               "a quantised weight of ", codes.sizes(), " does not fit x ", x.sizes(), " and ", n, " outputs");
-  const int32_t* start = first.const_data_ptr<int32_t>();
-  TORCH_CHECK(start[0] >= 0 && std::is_sorted(start, start + groups + 1) && start[groups] <= blocks,
-              "groups of a quantised weight begin in order, within its ", blocks, " blocks");
   Tensor out = at::empty({rows.size(0), n}, rows.options());
   kernels->quantized({dtype_of(x), rows.const_data_ptr(), codes.const_data_ptr<int32_t>(),
-                      static_cast<const fp16*>(scales.const_data_ptr()), zeros.const_data_ptr<uint8_t>(), start,
+                      static_cast<const fp16*>(scales.const_data_ptr()), zeros.const_data_ptr<uint8_t>(),
                       places ? places->const_data_ptr<int64_t>() : nullptr, data(biases), out.data_ptr(),
-                      rows.size(0), n, k, codes.size(2), blocks, groups});
+                      rows.size(0), n, k, codes.size(2), blocks, span});
   return out;
 }
 
@@ -258,9 +255,9 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
 // Of a weight in either layout of the kernels: the parts that folo/ops/library.py gives to its op.
 Tensor linear_of(const Tensor& x, at::TensorList weight, int64_t n, const Maybe& bias) {
   if (weight.size() == 1) return packed_linear(x, weight[0], n, bias);
-  TORCH_CHECK(weight.size() == 4 || weight.size() == 5, "a weight has 1, 4 or 5 parts, not ", weight.size());
-  const Maybe columns = weight.size() == 5 ? Maybe(weight[4]) : Maybe();
-  return quantized_linear(x, weight[0], weight[1], weight[2], weight[3], columns, n, bias);
+  TORCH_CHECK(weight.size() == 3 || weight.size() == 4, "a weight has 1, 3 or 4 parts, not ", weight.size());
+  const Maybe columns = weight.size() == 4 ? Maybe(weight[3]) : Maybe();
+  return quantized_linear(x, weight[0], weight[1], weight[2], columns, n, bias);
 }
 
 Tensor gated_linear_of(const Tensor& x, at::TensorList weight, int64_t n, const Maybe& bias) {

@@ -1,8 +1,8 @@
 // x [m, k] times a weight of 2, 4 or 8 bits in groups along k: folo/ops/quantized.py says how it lies.
 //
 // code - zero is a whole number of at most 8 bits, exact in bfloat16. Spans of at most 128 columns, of one
-// group each, are widened into a cache, multiplied with all rows that a thread has, their sums scaled and
-// added in order, in fp32: one order, which the length of the groups decides, for every m.
+// scale each, are widened into a cache, multiplied with all rows that a thread has, their sums scaled and
+// added in order, in fp32: one order, which the weight's layout decides, for every m.
 #include <omp.h>
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace folo::FOLO_ISA {
 namespace {
 
 constexpr int kBlock = 32;  // columns
-constexpr int kSpan = 4;    // blocks that are widened at once
+constexpr int kSpan = 4;    // blocks that are widened at once, at most
 constexpr int kMost = 96;   // rows of a chunk
 #if defined(FOLO_AVX512_BF16) || defined(FOLO_AMX)
 constexpr bool kPairs = true;
@@ -104,7 +104,7 @@ struct Codes<Pairs, Bits> {
 inline void keep(uint32_t* to, __m512i column) { _mm512_storeu_si512(to, column); }
 #endif
 
-// A span of columns of one group in some tiles, and what stands for the rows so far: [row][tiles * 16].
+// A span of columns of one scale in some tiles, and what stands for the rows so far: [row][tiles * 16].
 template <typename W>
 struct Span {
   const int32_t* codes;  // `words` words of each row in each tile, tiles `code_stride` apart
@@ -255,6 +255,7 @@ void product(const Quantized& a, const typename P::X* x) {
   constexpr int64_t kUnits = Bits * Codes<P, Bits>::kUnits;  // of a block
   const int64_t all_tiles = (a.n + kTile - 1) / kTile, panels = (all_tiles + M::kTiles - 1) / M::kTiles;
   const int64_t chunks = (a.m + kMost - 1) / kMost, stride = a.blocks * kUnits, tile_codes = a.blocks * Bits * kTile;
+  const int64_t spans = (a.blocks + a.span - 1) / a.span;
 #pragma omp parallel
   {
     M multiplier;
@@ -266,14 +267,11 @@ void product(const Quantized& a, const typename P::X* x) {
       const int64_t tile = task / chunks * M::kTiles, tiles = std::min<int64_t>(M::kTiles, all_tiles - tile);
       const int64_t ahead = tile + 2 * M::kTiles <= all_tiles ? M::kTiles * tile_codes : 0;
       std::fill_n(totals, count * M::kTiles * kTile, 0.0f);
-      for (int64_t group = 0; group < a.groups; ++group) {
-        const int64_t parts = (tile * a.groups + group) * kTile;
-        for (int64_t at = a.starts[group]; at < a.starts[group + 1]; at += kSpan) {
-          const int64_t span = std::min<int64_t>(kSpan, a.starts[group + 1] - at);
-          const Span<W> s{a.codes + tile * tile_codes + at * Bits * kTile, a.zeros + parts, a.scales + parts,
-                          span * Bits, tile_codes, a.groups * kTile, ahead, wide};
-          multiplier.span(x + first * stride + at * kUnits, stride, count, s, tiles, totals);
-        }
+      for (int64_t at = 0; at < a.blocks; at += a.span) {
+        const int64_t parts = (tile * spans + at / a.span) * kTile, blocks = std::min(a.span, a.blocks - at);
+        const Span<W> span{a.codes + tile * tile_codes + at * Bits * kTile, a.zeros + parts, a.scales + parts,
+                           blocks * Bits, tile_codes, spans * kTile, ahead, wide};
+        multiplier.span(x + first * stride + at * kUnits, stride, count, span, tiles, totals);
       }
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t t = 0; t < tiles; ++t) {

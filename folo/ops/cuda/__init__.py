@@ -24,6 +24,7 @@ from folo.ops import reference, sampler
 
 KERNELS = {
     "linear": "linear",
+    "quantized_linear": "quantized",
     "paged_attention": "attention",
     "rms_norm": "norm",
     "add_rms_norm": "norm",

@@ -25,9 +25,20 @@ _CHUNK = 512  # of K: a split is no shorter, so that a program that walks them s
 _FEW = 64  # programs: as many read memory at nearly the speed of all, each with a multiprocessor for itself
 _BLOCK_K = 64
 _SUM_BLOCK = 256
+GROUP = 8  # tiles of rows: programs that run together meet in L2 in what they read of x and of the weight
 _STAGES = {(64, 64): 8, (64, 128): 6, (128, 64): 4, (128, 128): 3}
 """For tiles of (rows, columns): what lets few programs keep much of the weight under way, and two of many
 share a multiprocessor."""
+
+
+@triton.jit
+def corner(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The first row and column of the tile of `[M, N]` that is the program's."""
+    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    first_m = tl.program_id(0) // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first_m, GROUP)
+    within = tl.program_id(0) % (GROUP * tiles_n)
+    return (first_m + within % height) * BLOCK_M, within // height * BLOCK_N
 
 
 @triton.jit
@@ -58,14 +69,7 @@ def _product(
         n = n // 16 * 16  # tells the compiler that rows begin at a multiple of 16
         k = k // 16 * 16
     chunk = chunk // BLOCK_K * BLOCK_K
-    # Programs that run together are GROUP tiles high: what they read of x and of the weight meets in L2.
-    tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    first_m = tl.program_id(0) // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first_m, GROUP)
-    within = tl.program_id(0) % (GROUP * tiles_n)
-    first_row = (first_m + within % height) * BLOCK_M
-    first_column = within // height * BLOCK_N
-
+    first_row, first_column = corner(m, n, BLOCK_M, BLOCK_N, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     row_live, column_live = row < m - first_row, column < n - first_column
     x += first_row.to(tl.int64) * k
@@ -146,7 +150,7 @@ class Plan:
             "BLOCK_M": height,
             "BLOCK_N": self.block_n,
             "BLOCK_K": _BLOCK_K if self.aligned else _BLOCK_K // 2,
-            "GROUP": 8,
+            "GROUP": GROUP,
             "WALK": self.splits > 1 and not side_by_side,
             "ALIGNED": self.aligned,
         }
@@ -154,10 +158,20 @@ class Plan:
         kernel = Kernel(_product, constants, num_warps=max(4, height // 16), num_stages=stages)
         return kernel, (-(-m // height) * self.columns, self.splits if side_by_side else 1)
 
-    def sum(self) -> Kernel:
-        """The kernel that adds the sums of splits which were computed side by side."""
-        constants = {"BLOCK": _SUM_BLOCK, "MAX_SPLITS": MAX_SPLITS, "ALIGNED": self.aligned}
-        return Kernel(_sum_splits, constants, num_warps=2)
+
+def splits_sum(aligned: bool) -> Kernel:
+    """The kernel that adds the sums of splits which were computed side by side.
+
+    aligned: rows of the result begin at multiples of 16 elements.
+    """
+    constants = {"BLOCK": _SUM_BLOCK, "MAX_SPLITS": MAX_SPLITS, "ALIGNED": aligned}
+    return Kernel(_sum_splits, constants, num_warps=2)
+
+
+def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor, aligned: bool) -> None:
+    """parts float32 `[S, M, N]`, added in order, plus bias `[N]`: to out `[M, N]`."""
+    splits, m, n = parts.shape
+    splits_sum(aligned).launch((m, -(-n // _SUM_BLOCK)), parts, bias, out, m, n, splits)
 
 
 def plan(n: int, k: int, dtype: torch.dtype) -> Plan:
@@ -193,7 +207,9 @@ def builds() -> Iterator[Build]:
                     if grid[1] > 1:
                         whole |= {"bias": "constexpr", "out": "*fp32"}
                         ends = {"parts": "*fp32", "bias": bias, "out": pointer}
-                        yield Build(chosen.sum(), {**ends, "m": "i32", "n": "i32", "splits": "i32"})
+                        yield Build(
+                            splits_sum(chosen.aligned), {**ends, "m": "i32", "n": "i32", "splits": "i32"}
+                        )
                     yield Build(kernel, {**whole, **integers, "chunk": "i32"}, serves)
 
 
@@ -210,6 +226,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         parts = x.new_empty((chosen.splits, m, n), dtype=torch.float32)
         kernel.launch(grid, x, weight, None, parts, m, n, k, chosen.chunk)
-        columns = -(-n // _SUM_BLOCK)
-        chosen.sum().launch((m, columns), parts, bias, out, m, n, chosen.splits)
+        add_splits(parts, bias, out, chosen.aligned)
     return out
