@@ -297,6 +297,12 @@ class TestCommand:
         assert folo.load_tokenizer(str(paths[0])).encode("the cat")
         assert not list(tmp_path.glob(".*"))
 
+    def test_to_nearest_nothing_is_clipped(self, tiny_dir: Path, tiny: folo.Params, tmp_path: Path) -> None:
+        assert self.run(tiny_dir, "--nearest", "--out", tmp_path / "a") == 0
+        found = folo.load(tmp_path / "a", use_tqdm=False).fingerprint
+        assert found == quant.nearest(tiny, use_tqdm=False).fingerprint
+        assert found != quant.nearest(tiny, quant.QuantConfig(), use_tqdm=False).fingerprint
+
     def test_refuses_what_is_there(self, tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.run(tiny_dir, "--nearest", "--out", tiny_dir) == 2
         assert "is there already" in capsys.readouterr().err

@@ -75,7 +75,9 @@ def _register_quantize(commands: Any) -> None:
     source.add_argument(
         "--calibration", metavar="FILE", help="a UTF-8 text file (default: one of folo's own)"
     )
-    source.add_argument("--nearest", action="store_true", help="round to nearest, without calibration")
+    source.add_argument(
+        "--nearest", action="store_true", help="round to nearest, without calibration or clipping"
+    )
     parser.set_defaults(run=_quantize)
 
 
@@ -86,9 +88,8 @@ def _quantize(args: argparse.Namespace) -> None:
     from folo import quant
     from folo.quant.write import check_target, write
 
-    config = quant.QuantConfig(
-        args.bits, args.group_size, not args.asym, args.desc_act, args.damp, not args.no_clip
-    )
+    clip = not (args.no_clip or args.nearest)
+    config = quant.QuantConfig(args.bits, args.group_size, not args.asym, args.desc_act, args.damp, clip)
     out = Path(args.out)
     check_target(out)
     text = quant.default_text() if args.calibration is None else _read(args.calibration)
