@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,13 @@ def plain(weight: Grouped) -> Tensor:
     return quantized(weight).plain(torch.float64)
 
 
-def rounded(weight: Tensor, config: quant.QuantConfig) -> Tensor:
-    """To nearest, group by group, in numpy."""
+def rounded(weight: Tensor, config: quant.QuantConfig, part: float = 1) -> Tensor:
+    """To nearest, group by group, in numpy: with scales for a part of the range."""
     rows, most = weight.numpy(), 2**config.bits - 1
     out, size = np.empty_like(rows), rows.shape[1] if config.group_size == -1 else config.group_size
     for start in range(0, rows.shape[1], size):
         group = rows[:, start : start + size]
-        low, high = np.minimum(group.min(1), 0), np.maximum(group.max(1), 0)
+        low, high = part * np.minimum(group.min(1), 0), part * np.maximum(group.max(1), 0)
         scale = 2 * np.maximum(-low, high) / most if config.sym else (high - low) / most
         scale = scale.astype(np.float16).astype(np.float64)[:, None]
         zero = np.full_like(scale, 2 ** (config.bits - 1)) if config.sym else np.rint(-low[:, None] / scale)
@@ -85,12 +86,39 @@ def one_by_one(weight: Tensor, hessian: Tensor, config: quant.QuantConfig) -> Te
 @pytest.mark.parametrize("config", [c for c in CONFIGS if not c.desc_act], ids=str)
 def test_without_correlation_it_is_rounding_to_nearest(config: quant.QuantConfig) -> None:
     weight, _ = problem()
+    config = replace(config, clip=False)
     assert torch.equal(plain(gptq(weight, torch.eye(160), config)), rounded(weight, config))
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_a_range_is_clipped_where_that_loses_less(sym: bool) -> None:
+    """Without correlation, a row gets the scale that makes the sum of its squared errors least."""
+    config = quant.QuantConfig(group_size=-1, sym=sym)
+    weight, _ = problem(k=64)
+    weight[::2, 5] *= 3
+    tried = [rounded(weight, config, part / 80) for part in range(80, 40, -1)]
+    lost = torch.stack([(weight - each).square().sum(1) for each in tried])
+    assert (lost.argmin(0) > 0).any()
+    found = (weight - plain(gptq(weight, torch.eye(64), config))).square().sum(1)
+    assert torch.allclose(found, lost.amin(0), rtol=1e-12)
+
+
+def test_what_a_scale_loses_is_weighed_by_the_hessian() -> None:
+    """A large weight is clipped where its input is nearly never there, and not where all inputs are alike."""
+    weight, hessian = problem(k=64)
+    weight[:, 5] = 20
+    hessian[5], hessian[:, 5] = 0, 0
+    hessian[5, 5] = 1e-6
+    config = quant.QuantConfig(group_size=-1)
+    whole, found = (gptq(weight, hessian, each) for each in (replace(config, clip=False), config))
+    assert (found.scales < 0.75 * whole.scales).all()
+    assert (gptq(weight, torch.eye(64), config).scales > 0.75 * whole.scales).all()
+    assert relative_error(weight, plain(found), hessian) < relative_error(weight, plain(whole), hessian)
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 160])
 def test_blocks_and_lazy_updates_are_the_papers_equations(group_size: int) -> None:
-    config = quant.QuantConfig(group_size=group_size)
+    config = quant.QuantConfig(group_size=group_size, clip=False)
     weight, hessian = problem()
     assert torch.allclose(
         plain(gptq(weight, hessian, config)), one_by_one(weight, hessian, config), atol=1e-9
@@ -184,10 +212,11 @@ def test_the_same_input_gives_the_same_bytes(tiny: folo.Params, threads: None) -
 def test_rounding_a_model_to_nearest_is_fitted_to_nothing(tiny: folo.Params) -> None:
     weight = tiny.layers[1].down.weight
     assert not isinstance(weight, Tensor)
-    rough = quant.nearest(tiny, CONFIGS[0], use_tqdm=False).layers[1].down.weight
+    config = replace(CONFIGS[0], clip=False)
+    rough = quant.nearest(tiny, config, use_tqdm=False).layers[1].down.weight
     assert isinstance(rough, Quantized)
     dense = weight.plain()  # pyright: ignore[reportAttributeAccessIssue]
-    assert torch.equal(rough.plain(torch.float64), rounded(dense.double(), CONFIGS[0]))
+    assert torch.equal(rough.plain(torch.float64), rounded(dense.double(), config))
 
 
 class TestBadInput:
@@ -267,6 +296,12 @@ class TestCommand:
         assert folo.load(paths[0], use_tqdm=False).quantized
         assert folo.load_tokenizer(str(paths[0])).encode("the cat")
         assert not list(tmp_path.glob(".*"))
+
+    def test_to_nearest_nothing_is_clipped(self, tiny_dir: Path, tiny: folo.Params, tmp_path: Path) -> None:
+        assert self.run(tiny_dir, "--nearest", "--out", tmp_path / "a") == 0
+        found = folo.load(tmp_path / "a", use_tqdm=False).fingerprint
+        assert found == quant.nearest(tiny, use_tqdm=False).fingerprint
+        assert found != quant.nearest(tiny, quant.QuantConfig(), use_tqdm=False).fingerprint
 
     def test_refuses_what_is_there(self, tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.run(tiny_dir, "--nearest", "--out", tiny_dir) == 2

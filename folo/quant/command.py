@@ -68,11 +68,16 @@ def _register_quantize(commands: Any) -> None:
     parser.add_argument("--desc-act", action="store_true", help="columns of the largest inputs first")
     parser.add_argument("--asym", action="store_true", help="zeros where each group's range puts them")
     parser.add_argument("--damp", type=float, default=0.01, metavar="X", help="(default: %(default)s)")
+    parser.add_argument(
+        "--no-clip", action="store_true", help="scales that reach the largest weight of their group"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--calibration", metavar="FILE", help="a UTF-8 text file (default: one of folo's own)"
     )
-    source.add_argument("--nearest", action="store_true", help="round to nearest, without calibration")
+    source.add_argument(
+        "--nearest", action="store_true", help="round to nearest, without calibration or clipping"
+    )
     parser.set_defaults(run=_quantize)
 
 
@@ -83,7 +88,8 @@ def _quantize(args: argparse.Namespace) -> None:
     from folo import quant
     from folo.quant.write import check_target, write
 
-    config = quant.QuantConfig(args.bits, args.group_size, not args.asym, args.desc_act, args.damp)
+    clip = not (args.no_clip or args.nearest)
+    config = quant.QuantConfig(args.bits, args.group_size, not args.asym, args.desc_act, args.damp, clip)
     out = Path(args.out)
     check_target(out)
     text = quant.default_text() if args.calibration is None else _read(args.calibration)

@@ -13,6 +13,7 @@ from folo.ops.quantized import BITS, Grouped
 
 _COLUMNS = 128  # rounded before the rest hears of it
 _SMALLEST = 2.0**-24  # that float16 has
+_PARTS = tuple(1 - step / 80 for step in range(1, 40))  # of a group's range, down to half of it
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class QuantConfig:
         sym: the zero is the middle code; otherwise it is where a group's own range puts it.
         desc_act: round the columns of the largest inputs first. Groups are then of columns in that order.
         damp: added to the Hessian's diagonal, relative to its mean.
+        clip: let a group's scale reach only a part of its range, where that loses less.
 
     Raises ConfigError if a value is out of range.
     """
@@ -34,6 +36,7 @@ class QuantConfig:
     sym: bool = True
     desc_act: bool = False
     damp: float = 0.01
+    clip: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -63,7 +66,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> Grouped:
     scales, zeros = [], []
     for group in range(0, k, size):
         end = min(group + size, k)
-        scale, zero = _grid(weight[:, group:end], config)
+        scale, zero = _grid(weight[:, group:end], spread.diagonal()[group:end], config)
         scales.append(scale)
         zeros.append(zero)
         for first in range(group, end, _COLUMNS):
@@ -99,13 +102,32 @@ def _spread(hessian: Tensor, damp: float) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
-def _grid(columns: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
+def _grid(columns: Tensor, spread: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
     """Scale, as float16 has it, and zero of each row of a group, float64 `[N]`.
+
+    With `clip` they are those of the part of the range that loses least: the search of the paper's own code
+    (https://github.com/IST-DASLab/gptq, quant.py), by the loss that GPTQ has, its columns taken alone.
+    """
+    low, high = columns.amin(1).clamp(max=0), columns.amax(1).clamp(min=0)
+    scale, zero = _reaching(low, high, config)
+    if not config.clip:
+        return scale, zero
+    least = _loss(columns, spread, scale, zero, config.bits)
+    for part in _PARTS:
+        tried = _reaching(part * low, part * high, config)
+        loss = _loss(columns, spread, *tried, config.bits)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        scale, zero = (torch.where(better, new, old) for new, old in zip(tried, (scale, zero), strict=True))
+    return scale, zero
+
+
+def _reaching(low: Tensor, high: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
+    """Scale and zero whose codes go from low to high.
 
     A zero of 0 is avoided: format "gptq" stores zero - 1, and readers differ in what they make of -1.
     """
     most = 2**config.bits - 1
-    low, high = columns.amin(1).clamp(max=0), columns.amax(1).clamp(min=0)
     if config.sym:
         scale = 2 * torch.maximum(-low, high) / most
     else:
@@ -116,12 +138,22 @@ def _grid(columns: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
     return scale, torch.round(-low / scale).clamp(1, most)
 
 
+def _loss(columns: Tensor, spread: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    scale, zero = scale[:, None], zero[:, None]
+    error = columns - scale * (_codes(columns, scale, zero, bits) - zero)
+    return (error / spread).square().sum(1)
+
+
+def _codes(columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return torch.round(columns / scale + zero).clamp(0, 2**bits - 1)
+
+
 def _block(columns: Tensor, spread: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Round columns in order -> their codes, and their errors as `spread` takes them, `[N, C]` each."""
     columns, errors = columns.clone(), torch.empty_like(columns)
     codes = torch.empty(columns.shape, dtype=torch.uint8)
     for i in range(columns.shape[1]):
-        code = torch.round(columns[:, i] / scale + zero).clamp(0, 2**bits - 1)
+        code = _codes(columns[:, i], scale, zero, bits)
         codes[:, i] = code.to(torch.uint8)
         errors[:, i] = (columns[:, i] - scale * (code - zero)) / spread[i, i]
         columns[:, i + 1 :] -= errors[:, i, None] * spread[i, i + 1 :]
