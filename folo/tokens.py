@@ -14,8 +14,8 @@ from folo.inputs import NO_LOGPROBS, output_logprobs
 from folo.model.device import Sampled
 from folo.ops.sampler import NO_TOKEN
 from folo.state.advance import Results
+from folo.state.batch import Row, RowPlan
 from folo.state.flight import Flight
-from folo.state.layout import Row, RowPlan
 from folo.state.sequence import TokenLogprobs
 from folo.transfer import upload
 
@@ -93,7 +93,7 @@ def tokens_of(rows: RowPlan, results: Results) -> Tokens:
 
 def tokens_in_flight(flight: Flight, sampled: Items[Sampled]) -> Tokens:
     """The tokens of a launched step, without waiting for them."""
-    rows, ids = flight.rows, flight.ids
+    rows, ids = flight.bound.batch.rows, flight.ids
     at = [n for n, target in enumerate(rows.targets) if target < 0]
     origins = [rows.sequences[n].origin for n in at]
     places = [flight.places[n] for n in at]

@@ -7,11 +7,11 @@ from typing import Any
 
 from folo import detokenize
 from folo.inputs import UNRESOLVED
+from folo.state.batch import Row
 from folo.state.bind import Bound
 from folo.state.engine import Counters, EngineState
 from folo.state.evolve import draft, evolve
 from folo.state.heap import Content
-from folo.state.layout import Row, RowPlan
 from folo.state.pool import ROOT, Pool, extend_digests
 from folo.state.queues import queued, settle
 from folo.state.sequence import BlockTable, Sequence, TokenLogprobs
@@ -25,13 +25,14 @@ class Results:
     scores: list[TokenLogprobs | None]
 
 
-def advance(state: EngineState, bound: Bound, rows: RowPlan, results: Results) -> EngineState:
+def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
     """The state after a step of it, with the tokens appended and stop conditions applied.
 
     Tokens may be UNRESOLVED: then a sequence ends only by its length.
     """
     batch, size, caching = bound.batch, state.cache.block_size, state.cache.enable_prefix_caching
-    pool, numbers, targets = bound.pool, [*rows.numbers, -1], rows.targets
+    pool, rows = bound.pool, batch.rows
+    numbers, targets = [*rows.numbers, -1], rows.targets
     ids, scored = results.ids, any(results.scores)
     changed: dict[int, Sequence] = {}  # by id() of the sequence in the old state
     ended: list[Sequence] = []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from folo.state.batch import Batch, Scheduled
 from folo.state.heap import Block
 from folo.state.pinned import out_of_blocks
-from folo.state.plan import Batch, Scheduled
 from folo.state.pool import Pool
 from folo.state.sequence import BlockTable
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,96 +12,19 @@ from torch import Tensor
 
 from folo.inputs import ROWS_PER_TILE, SAMPLING, UNRESOLVED, Inputs, Penalties, Rows, pack_sampling
 from folo.sampling import SamplingParams
+from folo.state.batch import SAMPLE, Batch, Row, RowPlan, Scheduled
 from folo.state.bind import Bound
 from folo.state.log import gather
-from folo.state.plan import Batch, Scheduled
-from folo.state.sequence import Sequence
 
 # Sampling parameters that change nothing, for rows that only score a prompt token.
 _NEUTRAL = pack_sampling(SamplingParams(), seed=0, sample_index=0)
-_SAMPLE = -1  # the target of a row that is sampled
 # The columns of `Rows`, by what they hold.
 _WHOLE = ("index", "target", "position", "top_k", "seed", "sample_index")
 _REAL = ("temperature", "min_p", "top_p")
 _TRUTH = ("processed",)
 
 
-class Row(NamedTuple):
-    """One row of logits: which hidden state it comes from and what it is for.
-
-    position: of the token that is sampled or scored. target: the token to score, or -1 to sample.
-    """
-
-    number: int  # of the scheduled sequence
-    sequence: Sequence
-    hidden: int
-    position: int
-    target: int
-
-    @property
-    def of_prompt(self) -> bool:
-        """Whether it scores a prompt token, by the model alone: no sampling parameter has a say."""
-        return self.position < self.sequence.origin.num_prompt
-
-
-@dataclass(frozen=True, slots=True)
-class RowPlan:
-    """The rows of logits that a step computes, in the order of its tokens: the columns of `Row`."""
-
-    numbers: list[int]
-    sequences: list[Sequence]
-    hidden: list[int]
-    positions: list[int]
-    targets: list[int]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, n: int) -> Row:
-        return Row(self.numbers[n], self.sequences[n], self.hidden[n], self.positions[n], self.targets[n])
-
-    @property
-    def tiles(self) -> list[range]:
-        """The rows that are computed together, at most ROWS_PER_TILE."""
-        count = len(self)
-        return [range(n, min(n + ROWS_PER_TILE, count)) for n in range(0, count, ROWS_PER_TILE)]
-
-
-def rows_of(batch: Batch) -> RowPlan:
-    """What a step's logits are for."""
-    scheduled = batch.scheduled
-    sequences, ends = [item[0] for item in scheduled], [item[2] for item in scheduled]
-    if batch.decoding:  # by far the most common: every sequence samples its next token
-        numbers = list(range(len(scheduled)))
-        return RowPlan(numbers, sequences, numbers, ends, [_SAMPLE] * len(scheduled))
-    plan = RowPlan([], [], [], [], [])
-    numbers, sequences, hidden, positions = plan.numbers, plan.sequences, plan.hidden, plan.positions
-    targets, first = plan.targets, 0
-    for number, (sequence, start, end, *_) in enumerate(scheduled):
-        if sequence.origin.scored_from < sequence.origin.scored_to:
-            for position in _scored(sequence, start, end):
-                numbers.append(number)
-                sequences.append(sequence)
-                hidden.append(first + position - 1 - start)
-                positions.append(position)
-                targets.append(sequence.tokens[position])
-        first += end - start
-        if end == sequence.tokens.length:
-            numbers.append(number)
-            sequences.append(sequence)
-            hidden.append(first - 1)
-            positions.append(end)
-            targets.append(_SAMPLE)
-    return plan
-
-
-def _scored(sequence: Sequence, start: int, end: int) -> range:
-    """The tokens whose logprobs this chunk gives, and no earlier step has given."""
-    unscored = sequence.unscored
-    return range(max(unscored.start, start + 1), min(unscored.stop, end + 1))
-
-
-def inputs_of(bound: Bound, rows: RowPlan) -> Inputs:
+def inputs_of(bound: Bound) -> Inputs:
     """All arrays of a step, on the host."""
     scheduled, size = bound.batch.scheduled, bound.batch.state.cache.block_size
     starts = np.array([item[1] for item in scheduled])
@@ -128,7 +50,7 @@ def inputs_of(bound: Bound, rows: RowPlan) -> Inputs:
         block_tables=put(tables, np.int32),
         copy_source=put([source.index for source, _ in bound.copies], np.int64),
         copy_target=put([target.index for _, target in bound.copies], np.int64),
-        rows=_tiled(rows, put),
+        rows=_tiled(bound.batch.rows, put),
         source=put(_sources(bound.batch), np.int64) if bound.batch.foreseen else None,
     )
 
@@ -143,7 +65,7 @@ def _sources(batch: Batch) -> list[int]:
     """For the token of each decode, the row of the flight that it comes from, or -1 if it is known."""
     flight = batch.origin.flight
     assert flight is not None, "a batch is foreseen behind a flight"
-    pairs = zip(flight.rows.sequences, flight.places, strict=True)
+    pairs = zip(flight.bound.batch.rows.sequences, flight.places, strict=True)
     places = {sequence.key: place for sequence, place in pairs}
     last = [(sequence, sequence.tokens[start]) for sequence, start, *_ in batch.scheduled]
     return [places[sequence.key] if token == UNRESOLVED else -1 for sequence, token in last]
@@ -191,9 +113,9 @@ def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
 
 def _targeted(rows: RowPlan) -> list[tuple[int, Row]]:
     """The rows that score a token, with their numbers."""
-    if rows.targets.count(_SAMPLE) == len(rows):
+    if rows.targets.count(SAMPLE) == len(rows):
         return []
-    return [(n, rows[n]) for n, target in enumerate(rows.targets) if target != _SAMPLE]
+    return [(n, rows[n]) for n, target in enumerate(rows.targets) if target != SAMPLE]
 
 
 def _penalties(rows: RowPlan, tile: range, columns: np.ndarray, punished: np.ndarray, put: Any) -> Penalties:
