@@ -71,7 +71,7 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
             at += 1
         if sequence.finish_reason is not None:
             pool = pool.release(table.blocks)
-            ended.append(sequence.ended(sequence.finish_reason, sequence.stop_reason))
+            ended.append(sequence.vacate())
         elif is_admitted:
             admitted.append(sequence)
         changed[id(before)] = sequence
@@ -82,15 +82,12 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
     waiting = state.waiting
     if waiting:
         waiting = tuple([s for s in waiting if id(s) not in changed])
-    evicted = [evolve(victim.vacate(), preemptions=victim.preemptions + 1) for victim in batch.preempted]
-    requests, finished = settle(state, ended)
+    evicted = [victim.preempted() for victim in batch.preempted]
     counters = state.counters
     return evolve(
-        state,
+        settle(state, ended) if ended else state,
         running=queued(state, running, admitted),
         waiting=queued(state, waiting, evicted) if evicted else waiting,
-        requests=requests,
-        finished=finished,
         pool=pool,
         counters=Counters(
             steps=counters.steps + 1,

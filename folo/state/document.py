@@ -14,10 +14,9 @@ from folo.request import Request
 from folo.sampling import Named, SamplingParams, Transform
 from folo.state.engine import Counters, EngineState, Held
 from folo.state.evolve import evolve
-from folo.state.lifecycle import origin_of
+from folo.state.lifecycle import digests_of, origin_of
 from folo.state.log import Log
 from folo.state.map import Map
-from folo.state.pool import extend_digests
 from folo.state.sequence import BlockTable, Sequence, TokenLogprobs
 
 Document = dict[str, Any]
@@ -150,7 +149,6 @@ def rebuild(
         finished=helds[True],
         arrivals=document["arrivals"],
         counters=Counters(**document["counters"]),
-        seed=document["seed"],
         max_model_len=min(limit, state.max_model_len),
     )
 
@@ -186,9 +184,6 @@ def _sequence_of(
     lineage = tuple((id, position, seed) for id, position, seed in entry["lineage"])
     arrival = entries[entry["request"]]["arrival"]
     origin = origin_of(state, request, arrival, entry["seed"], entry["sample"], entry["stream"], lineage)
-    digests = Log[bytes]()
-    if state.cache.enable_prefix_caching:
-        digests = extend_digests(digests, tokens, state.cache.block_size, request.cache_salt)
     scores = [
         TokenLogprobs(logprob, rank, tuple(ids), tuple(logprobs))
         for logprob, rank, ids, logprobs in entry["scores"]
@@ -201,7 +196,7 @@ def _sequence_of(
         tokens=tokens,
         num_computed=entry["num_computed"],
         table=table,
-        digests=digests,
+        digests=digests_of(state, request, tokens, Log()),
         scores=Log(scores),
         text=text,
         **{name: entry[name] for name in _PLAIN},

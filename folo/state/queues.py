@@ -5,9 +5,8 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 
-from folo.state.engine import EngineState, Held
+from folo.state.engine import EngineState
 from folo.state.evolve import evolve
-from folo.state.map import Map
 from folo.state.sequence import Sequence
 
 
@@ -22,8 +21,8 @@ def queued(state: EngineState, queue: Iterable[Sequence], new: Iterable[Sequence
     return tuple(merged)
 
 
-def settle(state: EngineState, ended: Iterable[Sequence]) -> tuple[Map[str, Held], Map[str, Held]]:
-    """`requests` and `finished` once these sequences have ended."""
+def settle(state: EngineState, ended: Iterable[Sequence]) -> EngineState:
+    """The state with these sequences, which have ended, among those of their requests."""
     requests, finished = state.requests, state.finished
     for sequence in ended:
         held = requests[sequence.id]
@@ -32,4 +31,4 @@ def settle(state: EngineState, ended: Iterable[Sequence]) -> tuple[Map[str, Held
             requests = requests.set(sequence.id, held)
         else:
             requests, finished = requests.delete(sequence.id), finished.set(sequence.id, held)
-    return requests, finished
+    return evolve(state, requests=requests, finished=finished)
