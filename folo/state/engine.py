@@ -12,7 +12,7 @@ from folo.config import CacheConfig, SchedulerConfig
 from folo.errors import ConfigError, RequestError
 from folo.ops.attention import attention_backend
 from folo.request import Request
-from folo.state.heap import KVHeap
+from folo.state.heap import Block, KVHeap
 from folo.state.map import Map
 from folo.state.pool import Pool
 from folo.state.sequence import Sequence
@@ -31,6 +31,10 @@ class Held:
     arrival: int
     num_samples: int
     ended: tuple[Sequence, ...] = ()
+
+    @property
+    def over(self) -> bool:
+        return len(self.ended) == self.num_samples
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,16 @@ class EngineState:
         if held is None:
             raise RequestError(f"no request {id!r} in this state: never submitted, or collected already")
         return held
+
+    def all_held(self) -> list[Held]:
+        """The requests, finished or not, in order of arrival."""
+        both = (held for requests in (self.requests, self.finished) for _, held in requests.items())
+        return sorted(both, key=lambda held: held.arrival)
+
+    def blocks(self) -> list[Block]:
+        """Every block that the state refers to: in the order of the tables, then the longest idle first."""
+        used = {block.index: block for s in self.running for block in s.table.blocks}
+        return [*used.values(), *(block for _, block in sorted(self.pool.released.items()))]
 
     def sequences(self, id: str) -> list[Sequence]:
         """The unfinished sequences of a request, by sample. Raises RequestError as `held` does."""

@@ -27,8 +27,8 @@ def settle(state: EngineState, ended: Iterable[Sequence]) -> EngineState:
     for sequence in ended:
         held = requests[sequence.id]
         held = evolve(held, ended=(*held.ended, sequence))
-        if len(held.ended) < held.num_samples:
-            requests = requests.set(sequence.id, held)
-        else:
+        if held.over:
             requests, finished = requests.delete(sequence.id), finished.set(sequence.id, held)
+        else:
+            requests = requests.set(sequence.id, held)
     return evolve(state, requests=requests, finished=finished)

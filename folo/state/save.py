@@ -99,7 +99,7 @@ def _to_disk(path: Path) -> None:
 
 def _tensors(state: EngineState) -> dict[str, Tensor]:
     sequences, size = sequences_of(state), state.cache.block_size
-    blocks = _blocks(state)
+    blocks = state.blocks()
     number = {block.index: n for n, block in enumerate(blocks)}
     filled = np.zeros(len(blocks), np.int32)
     for sequence in state.running:
@@ -121,13 +121,6 @@ def _tensors(state: EngineState) -> dict[str, Tensor]:
         **_cached(cached, number, size),
         "document": torch.from_numpy(np.frombuffer(document, np.uint8).copy()),
     }
-
-
-def _blocks(state: EngineState) -> list[Block]:
-    """Every block that the state refers to, in an order that the state alone decides."""
-    used = {block.index: block for s in state.running for block in s.table.blocks}
-    idle = [block for _, block in sorted(state.pool.released.items())]
-    return [*used.values(), *idle]
 
 
 def _gather(heap: Tensor, indices: Tensor, empty: Tensor) -> Tensor:
