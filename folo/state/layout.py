@@ -12,16 +12,18 @@ from torch import Tensor
 
 from folo.inputs import ROWS_PER_TILE, SAMPLING, UNRESOLVED, Inputs, Penalties, Rows, pack_sampling
 from folo.sampling import SamplingParams
-from folo.state.batch import SAMPLE, Batch, Row, RowPlan, Scheduled
+from folo.state.batch import Batch, Row, RowPlan, Scheduled
 from folo.state.bind import Bound
 from folo.state.log import gather
 
 # Sampling parameters that change nothing, for rows that only score a prompt token.
 _NEUTRAL = pack_sampling(SamplingParams(), seed=0, sample_index=0)
 # The columns of `Rows`, by what they hold.
-_WHOLE = ("index", "target", "position", "top_k", "seed", "sample_index")
-_REAL = ("temperature", "min_p", "top_p")
-_TRUTH = ("processed",)
+_KINDS = (
+    (np.int64, ("index", "target", "position", "top_k", "seed", "sample_index")),
+    (np.float32, ("temperature", "min_p", "top_p")),
+    (np.bool_, ("processed",)),
+)
 
 
 def inputs_of(bound: Bound) -> Inputs:
@@ -38,21 +40,22 @@ def inputs_of(bound: Bound) -> Inputs:
     tables = tables.reshape(len(scheduled), -1)
     slots = tables[number, positions // size].astype(np.int64) * size + positions % size
 
-    def put(values: Any, dtype: type) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype))
-
     return Inputs(
-        token_ids=put(_token_ids(scheduled, len(positions)), np.int64),
-        positions=put(positions, np.int64),
-        slots=put(slots, np.int64),
-        query_start=put(query_start, np.int32),
-        seq_lens=put(ends, np.int32),
-        block_tables=put(tables, np.int32),
-        copy_source=put([source.index for source, _ in bound.copies], np.int64),
-        copy_target=put([target.index for _, target in bound.copies], np.int64),
-        rows=_tiled(bound.batch.rows, put),
-        source=put(_sources(bound.batch), np.int64) if bound.batch.foreseen else None,
+        token_ids=_put(_token_ids(scheduled, len(positions)), np.int64),
+        positions=_put(positions, np.int64),
+        slots=_put(slots, np.int64),
+        query_start=_put(query_start, np.int32),
+        seq_lens=_put(ends, np.int32),
+        block_tables=_put(tables, np.int32),
+        copy_source=_put([source.index for source, _ in bound.copies], np.int64),
+        copy_target=_put([target.index for _, target in bound.copies], np.int64),
+        rows=_tiled(bound.batch),
+        source=_put(_sources(bound.batch), np.int64) if bound.batch.foreseen else None,
     )
+
+
+def _put(values: Any, dtype: type) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype))
 
 
 def _token_ids(scheduled: Items[Scheduled], count: int) -> list[int]:
@@ -71,29 +74,28 @@ def _sources(batch: Batch) -> list[int]:
     return [places[sequence.key] if token == UNRESOLVED else -1 for sequence, token in last]
 
 
-def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
+def _tiled(batch: Batch) -> tuple[Rows, ...]:
+    rows = batch.rows
     packed = [sequence.origin.packed_sampling for sequence in rows.sequences]
-    of_prompt = {n: row for n, row in _targeted(rows) if row.of_prompt}
+    of_prompt = [] if batch.decoding else [n for n in range(len(rows)) if rows[n].of_prompt]
     for n in of_prompt:
         packed[n] = _NEUTRAL
-    columns = np.frombuffer(b"".join(packed), SAMPLING)
-    num_logprobs = columns["num_logprobs"].copy()
-    for n, row in of_prompt.items():
-        num_logprobs[n] = row.sequence.origin.request.sampling.prompt_logprobs
+    columns = np.frombuffer(bytearray(b"".join(packed)), SAMPLING)
+    num_logprobs = columns["num_logprobs"]
+    for n in of_prompt:
+        num_logprobs[n] = rows.sequences[n].origin.request.sampling.prompt_logprobs
     starts = [tile.start for tile in rows.tiles]
-    punished = columns["punished"]
-    adjusted = np.logical_or.reduceat(punished | columns["biased"], starts)
+    adjusted = np.logical_or.reduceat(columns["punished"] | columns["biased"], starts)
     warped = np.logical_or.reduceat(columns["warped"], starts)
     truncated = np.logical_or.reduceat(columns["truncated"], starts)
     most = np.maximum.reduceat(num_logprobs, starts)
-    own = {"index": rows.hidden, "target": rows.targets, "position": rows.positions}
-    kinds = ((np.int64, _WHOLE), (np.float32, _REAL), (np.bool_, _TRUTH))
+    planned = {"index": rows.hidden, "target": rows.targets, "position": rows.positions}
     split = []  # for each kind, its columns in tiles: one array of a kind crosses to the device
-    for dtype, names in kinds:
+    for dtype, names in _KINDS:
         values = np.empty((len(names), len(rows)), dtype)
         for place, name in enumerate(names):
-            values[place] = own[name] if name in own else columns[name]
-        split.append((names, put(values, dtype).split(ROWS_PER_TILE, dim=1)))
+            values[place] = planned[name] if name in planned else columns[name]
+        split.append((names, torch.from_numpy(values).split(ROWS_PER_TILE, dim=1)))
     tiles = []
     for number, tile in enumerate(rows.tiles):
         fields = {}
@@ -102,7 +104,7 @@ def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
         tiles.append(
             Rows(
                 **fields,
-                penalties=_penalties(rows, tile, columns, punished, put) if adjusted[number] else None,
+                penalties=_penalties(rows, tile, columns) if adjusted[number] else None,
                 warped=bool(warped[number]),
                 truncated=bool(truncated[number]),
                 num_logprobs=int(most[number]),
@@ -111,29 +113,22 @@ def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
     return tuple(tiles)
 
 
-def _targeted(rows: RowPlan) -> list[tuple[int, Row]]:
-    """The rows that score a token, with their numbers."""
-    if rows.targets.count(SAMPLE) == len(rows):
-        return []
-    return [(n, rows[n]) for n, target in enumerate(rows.targets) if target != SAMPLE]
-
-
-def _penalties(rows: RowPlan, tile: range, columns: np.ndarray, punished: np.ndarray, put: Any) -> Penalties:
+def _penalties(rows: RowPlan, tile: range, columns: np.ndarray) -> Penalties:
+    punished, own = columns["punished"], columns[tile.start : tile.stop]
     histories = [rows.sequences[n].tokens[: rows.positions[n]] if punished[n] else [] for n in tile]
     prompts = [rows.sequences[n].origin.num_prompt if punished[n] else 0 for n in tile]
     biased = [(place, rows[n]) for place, n in enumerate(tile) if columns["biased"][n]]
     biases = [(place, token, value) for place, row in biased for token, value in _biases(row)]
-    own = columns[tile.start : tile.stop]
     return Penalties(
-        history=put([token for history in histories for token in history], np.int64),
-        history_start=put([0, *accumulate(len(history) for history in histories)], np.int64),
-        prompt_len=put(prompts, np.int64),
-        repetition=put(own["repetition"], np.float32),
-        presence=put(own["presence"], np.float32),
-        frequency=put(own["frequency"], np.float32),
-        bias_row=put([place for place, _, _ in biases], np.int64),
-        bias_id=put([token for _, token, _ in biases], np.int64),
-        bias_value=put([value for _, _, value in biases], np.float32),
+        history=_put([token for history in histories for token in history], np.int64),
+        history_start=_put([0, *accumulate(len(history) for history in histories)], np.int64),
+        prompt_len=_put(prompts, np.int64),
+        repetition=_put(own["repetition"], np.float32),
+        presence=_put(own["presence"], np.float32),
+        frequency=_put(own["frequency"], np.float32),
+        bias_row=_put([place for place, _, _ in biases], np.int64),
+        bias_id=_put([token for _, token, _ in biases], np.int64),
+        bias_value=_put([value for _, _, value in biases], np.float32),
     )
 
 
