@@ -163,10 +163,7 @@ def _flight_of(prepared: Prepared, sampled: list[device.Sampled]) -> Flight:
 
 
 def _eager(layer_function: Any) -> Run:
-    def run(params: Params, prepared: Prepared) -> list[device.Sampled]:
-        return _run(params, prepared, prepared.inputs, layer_function)
-
-    return run
+    return lambda params, prepared: _run(params, prepared, prepared.inputs, layer_function)
 
 
 def _graphed(graphs: Graphs, layer_function: Any) -> Run:
@@ -212,11 +209,10 @@ def _sampled(params: Params, hidden: Tensor, tiles: Items[Rows], rows: RowPlan) 
 
 def _sample(params: Params, hidden: Tensor, tile: Rows, rows: RowPlan, numbers: range) -> device.Sampled:
     raw, processed = device.row_logits(params, hidden, tile)
-    own = [(place, rows[n]) for place, n in enumerate(numbers) if has_processors(rows.sequences[n])]
-    own = [(place, row) for place, row in own if not row.of_prompt]
-    if own:
-        processed = processed.clone()
-        for place, row in own:
+    own = [place for place, n in enumerate(numbers) if has_processors(rows.sequences[n])]
+    processed = processed.clone() if own else processed
+    for place in own:
+        if not (row := rows[numbers[place]]).of_prompt:
             processed[place] = _transformed(processed[place], row)
     return device.sample(raw, processed, tile)
 

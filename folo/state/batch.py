@@ -76,6 +76,11 @@ class RowPlan:
         return Row(self.numbers[n], self.sequences[n], self.hidden[n], self.positions[n], self.targets[n])
 
     @property
+    def sampled(self) -> list[int]:
+        """The rows that a token is sampled from; the others score one."""
+        return [n for n, target in enumerate(self.targets) if target == SAMPLE]
+
+    @property
     def tiles(self) -> list[range]:
         """The rows that are computed together, at most ROWS_PER_TILE."""
         count = len(self)

@@ -92,6 +92,13 @@ class EngineState:
         both = (held for requests in (self.requests, self.finished) for _, held in requests.items())
         return sorted(both, key=lambda held: held.arrival)
 
+    def unfinished(self) -> dict[str, list[Sequence]]:
+        """The sequences in the queues, by request."""
+        found: dict[str, list[Sequence]] = {}
+        for sequence in (*self.running, *self.waiting):
+            found.setdefault(sequence.id, []).append(sequence)
+        return found
+
     def blocks(self) -> list[Block]:
         """Every block that the state refers to: in the order of the tables, then the longest idle first."""
         used = {block.index: block for s in self.running for block in s.table.blocks}

@@ -21,9 +21,7 @@ def has_unfinished(state: EngineState) -> bool:
 def outputs(state: EngineState) -> dict[str, RequestOutput]:
     """The output so far of every request that the state holds, finished or not, in order of arrival."""
     state = landed(state)
-    unfinished: dict[str, list[Sequence]] = {}
-    for sequence in (*state.running, *state.waiting):
-        unfinished.setdefault(sequence.id, []).append(sequence)
+    unfinished = state.unfinished()
     return {
         held.request.id: output_of(state, held, unfinished.get(held.request.id, ()))
         for held in state.all_held()
