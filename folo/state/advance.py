@@ -87,7 +87,7 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
     return evolve(
         settle(state, ended) if ended else state,
         running=queued(state, running, admitted),
-        waiting=queued(state, waiting, evicted) if evicted else waiting,
+        waiting=queued(state, waiting, evicted),
         pool=pool,
         counters=Counters(
             steps=counters.steps + 1,

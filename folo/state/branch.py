@@ -63,22 +63,22 @@ def fork(
     forced = _forced(state, id, append, len(children))
     own = _seeds(parent, seeds, len(children))
     stem = _stem(state, parent, keep)
-    running, waiting, pool, requests = list(state.running), [], state.pool, state.requests
+    running, waiting, pool, requests = list[Sequence](), list[Sequence](), state.pool, state.requests
+    num_free = state.scheduler.max_num_seqs - len(state.running)
     for number, (child, tokens, seed) in enumerate(zip(children, forced, own, strict=True)):
         arrival = state.arrivals + number
         origin = _child_origin(state, parent.origin, child, arrival, keep, seed)
         sequence = _child(state, parent, stem, origin, tokens)
-        requests = requests.set(child, Held(sequence.origin.request, arrival, num_samples=1))
-        if sequence.num_computed and len(running) < state.scheduler.max_num_seqs:
+        requests = requests.set(child, Held(origin.request, arrival, num_samples=1))
+        if sequence.num_computed and len(running) < num_free:
             running.append(sequence)
             pool = pool.hold(sequence.table.blocks)
         else:
             waiting.append(evolve(sequence.vacate(), num_cached=None))
-    born = running[len(state.running) :]
     return evolve(
         state,
-        running=queued(state, state.running, born) if born else state.running,
-        waiting=queued(state, state.waiting, waiting) if waiting else state.waiting,
+        running=queued(state, state.running, running),
+        waiting=queued(state, state.waiting, waiting),
         requests=requests,
         pool=pool,
         arrivals=state.arrivals + len(children),

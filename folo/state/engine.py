@@ -104,6 +104,15 @@ class EngineState:
         used = {block.index: block for s in self.running for block in s.table.blocks}
         return [*used.values(), *(block for _, block in sorted(self.pool.released.items()))]
 
+    def filled(self) -> dict[int, int]:
+        """How many slots hold a token, of each block that a table holds, by its index."""
+        size, filled = self.cache.block_size, dict[int, int]()
+        for sequence in self.running:
+            for number, block in enumerate(sequence.table.blocks):
+                here = min(size, sequence.num_computed - number * size)
+                filled[block.index] = max(filled.get(block.index, 0), here)
+        return filled
+
     def sequences(self, id: str) -> list[Sequence]:
         """The unfinished sequences of a request, by sample. Raises RequestError as `held` does."""
         self.held(id)

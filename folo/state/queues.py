@@ -12,6 +12,9 @@ from folo.state.sequence import Sequence
 
 def queued(state: EngineState, queue: Iterable[Sequence], new: Iterable[Sequence]) -> tuple[Sequence, ...]:
     """A queue with new sequences at the places of their rank."""
+    new = tuple(new)
+    if not new:
+        return tuple(queue)
     merged = list(queue)
     for sequence in new:
         if not merged or state.rank(merged[-1]) < state.rank(sequence):
