@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -157,9 +157,11 @@ def epilogue(prepared: Prepared, sampled: Items[device.Sampled]) -> tuple[Engine
 
 
 def _flight_of(prepared: Prepared, sampled: list[device.Sampled]) -> Flight:
-    rows, copied = prepared.rows, download(sampled)
+    bound, rows, copied = prepared.bound, prepared.rows, download(sampled)
+    # The state that it was scheduled for may hold a flight itself, which would live on in this one.
+    bound = replace(bound, batch=evolve(bound.batch, origin=bound.batch.state))
     ids = torch.cat([tile.ids for tile in sampled]) if sampled else torch.empty(0, dtype=torch.int64)
-    return Flight(prepared.bound, ids, list(range(len(rows))), lambda: results_of(copied(), rows))
+    return Flight(bound, ids, list(range(len(rows))), lambda: results_of(copied(), rows))
 
 
 def _eager(layer_function: Any) -> Run:
