@@ -19,7 +19,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def upload(tree: T, device: torch.device) -> T:
     """A tree of host tensors, on the device."""
-    return tree if device.type == "cpu" else Fixed(tree, device).fill(tree)
+    return tree if device.type == "cpu" else Fixed(tree, device).tree
 
 
 def download(tree: T) -> Callable[[], T]:
@@ -43,7 +43,7 @@ def download(tree: T) -> Callable[[], T]:
 
 
 class Fixed(Generic[T]):
-    """Device tensors at fixed addresses, of the shapes and dtypes of a tree of host tensors.
+    """Device tensors at fixed addresses, which hold a tree of host tensors until another is filled in.
 
     They are views of one buffer, which one copy fills. `tree` is what a captured graph reads.
     """
@@ -54,13 +54,14 @@ class Fixed(Generic[T]):
         for tensor in _tensors(tree):
             self._places.append(slice(end, end + tensor.nbytes))
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._buffer = torch.zeros(end, dtype=torch.uint8, device=device)
+        self._buffer = torch.empty(end, dtype=torch.uint8, device=device)
         places = iter(self._places)
 
         def view(leaf: Tensor) -> Tensor:
             return self._buffer[next(places)].view(leaf.dtype).view(leaf.shape)
 
         self.tree: T = pytree.tree_map_only(Tensor, view, tree)
+        self.fill(tree)
 
     def fill(self, tree: T) -> T:
         """Copy host tensors of the same shapes in; returns the device's.

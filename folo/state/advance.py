@@ -7,7 +7,6 @@ from typing import Any
 
 from folo import detokenize
 from folo.inputs import UNRESOLVED
-from folo.state.batch import Row
 from folo.state.bind import Bound
 from folo.state.engine import Counters, EngineState
 from folo.state.evolve import draft, evolve
@@ -52,7 +51,9 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
                 fields["num_cached"] = start
         while numbers[at] == number:
             if scored and (scores := results.scores[at]) is not None:
-                _score(rows[at], scores, fields)
+                fields["scores"] = fields["scores"].append(scores)
+                if not rows[at].of_prompt:
+                    fields["cumulative_logprob"] += scores.logprob
             if targets[at] < 0:
                 token, origin = ids[at], before.origin
                 fields["tokens"] = tokens = before.tokens.append(token)
@@ -125,13 +126,6 @@ def _index(
             pool = pool.hold([*blocks[:number], known]).release(blocks[: number + 1])
             blocks[number], swapped = known, True
     return BlockTable.of(tuple(blocks)) if swapped else table, pool
-
-
-def _score(row: Row, scores: TokenLogprobs, fields: dict[str, Any]) -> None:
-    """One position more has its scores."""
-    fields["scores"] = fields["scores"].append(scores)
-    if not row.of_prompt:
-        fields["cumulative_logprob"] += scores.logprob
 
 
 def _stopped(tokenizer: Any, sequence: Sequence, token: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def _check_queues(state: EngineState) -> None:
     _require(len(state.running) <= state.scheduler.max_num_seqs, "more sequences run than max_num_seqs")
     unfinished = [*state.running, *state.waiting]
     ended = [s for held in state.all_held() for s in held.ended]
-    keys = Counter((s.id, s.origin.sample) for s in (*unfinished, *ended))
+    keys = Counter(s.key for s in (*unfinished, *ended))
     _require(all(count == 1 for count in keys.values()), "a sequence stands in two places")
     samples = Counter(id for id, _ in keys)
     for sequence in unfinished:

@@ -7,7 +7,6 @@ from collections.abc import Sequence as Items
 from dataclasses import asdict, fields
 from typing import Any
 
-from folo.config import CacheConfig, SchedulerConfig
 from folo.detokenize import TextState
 from folo.errors import RequestError, RestoreError
 from folo.request import Request
@@ -87,11 +86,6 @@ _PLAIN = (
     "stop_reason",
     "stopped",
 )
-
-
-def configs_of(document: Document) -> tuple[CacheConfig, SchedulerConfig]:
-    """The configuration that the document's state ran under."""
-    return CacheConfig(**document["cache"]), SchedulerConfig(**document["scheduler"])
 
 
 def rebuild(

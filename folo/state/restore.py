@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from folo.config import CacheConfig
+from folo.config import CacheConfig, SchedulerConfig
 from folo.errors import IntegrityError, ParamsMismatchError, RestoreError
 from folo.ops.arithmetic import arithmetic
 from folo.sampling import Transform
 from folo.state.check import check
-from folo.state.document import Document, configs_of, rebuild
+from folo.state.document import Document, rebuild
 from folo.state.engine import EngineState, init
 from folo.state.evolve import evolve
 from folo.state.heap import Block, Content
@@ -58,7 +58,7 @@ def restore(
     metadata, tensors = _read(Path(path))
     _compare(params, metadata, path, recompute)
     document: Document = json.loads(tensors["document"].numpy().tobytes())
-    saved, scheduler = configs_of(document)
+    saved, scheduler = CacheConfig(**document["cache"]), SchedulerConfig(**document["scheduler"])
     cache = saved if cache is None else cache
     if cache.block_size != saved.block_size and not recompute:
         raise RestoreError(
@@ -67,8 +67,7 @@ def restore(
         )
     # The backend that it was made with: whoever chose it then did so knowing what it keeps.
     attention = "auto" if recompute else metadata.get("attention", "auto")
-    seed = document["seed"]
-    state = init(params, cache, scheduler, tokenizer, seed, attention, deterministic=False)
+    state = init(params, cache, scheduler, tokenizer, document["seed"], attention, deterministic=False)
     tokens = _lists(tensors, "tokens", "token_start")
     numbers = _lists(tensors, "tables", "table_start")
     blocks = _stand_ins(tensors, state.cache.enable_prefix_caching)
