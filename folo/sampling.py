@@ -268,12 +268,8 @@ def derive_seed(engine_seed: int, request_id: str) -> int:
 def _warp(temperature: float = 1.0, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> RowTransform:
     def warped(logits: Tensor, context: Context = _NO_CONTEXT, /) -> Tensor:
         rows = logits.reshape(-1, logits.shape[-1])
-
-        def column(value: float) -> Tensor:
-            return torch.full((len(rows),), value, dtype=torch.float32, device=rows.device)
-
         k = torch.full((len(rows),), top_k, dtype=torch.int64, device=rows.device)
-        result = sampler.warp(rows, column(temperature), column(min_p), k, column(top_p))
+        result = sampler.warp(rows, _column(temperature, rows), _column(min_p, rows), k, _column(top_p, rows))
         return result.reshape(logits.shape)
 
     return warped
@@ -288,10 +284,6 @@ def _penalize(
     def penalized(logits: Tensor, context: Context = _NO_CONTEXT, /) -> Tensor:
         rows = logits.reshape(-1, logits.shape[-1])
         count, device = len(rows), rows.device
-
-        def column(value: float) -> Tensor:
-            return torch.full((count,), value, dtype=torch.float32, device=device)
-
         tokens = torch.tensor([*context.prompt_ids, *context.output_ids], dtype=torch.int64, device=device)
         row = torch.arange(count, device=device)
         result = sampler.penalize(
@@ -299,9 +291,9 @@ def _penalize(
             tokens.repeat(count),
             torch.arange(count + 1, device=device) * len(tokens),
             torch.full_like(row, len(context.prompt_ids)),
-            column(repetition),
-            column(presence),
-            column(frequency),
+            _column(repetition, rows),
+            _column(presence, rows),
+            _column(frequency, rows),
             row.repeat_interleave(len(bias)),
             torch.tensor([token for token, _ in bias], dtype=torch.int64, device=device).repeat(count),
             torch.tensor([value for _, value in bias], dtype=torch.float32, device=device).repeat(count),
@@ -309,6 +301,10 @@ def _penalize(
         return result.reshape(logits.shape)
 
     return penalized
+
+
+def _column(value: float, rows: Tensor) -> Tensor:
+    return torch.full((len(rows),), value, dtype=torch.float32, device=rows.device)
 
 
 def _number(name: str, value: Any) -> Any:
