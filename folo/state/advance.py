@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from folo import detokenize
-from folo.inputs import UNRESOLVED
+from folo.inputs import SAMPLE, UNRESOLVED
 from folo.state.bind import Bound
 from folo.state.engine import Counters, EngineState
 from folo.state.evolve import draft, evolve
@@ -54,7 +54,7 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
                 fields["scores"] = fields["scores"].append(scores)
                 if not rows[at].of_prompt:
                     fields["cumulative_logprob"] += scores.logprob
-            if targets[at] < 0:
+            if targets[at] == SAMPLE:
                 token, origin = ids[at], before.origin
                 fields["tokens"] = tokens = before.tokens.append(token)
                 length = tokens.length

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from folo.inputs import ROWS_PER_TILE
+from folo.inputs import ROWS_PER_TILE, SAMPLE
 from folo.state.engine import EngineState
 from folo.state.heap import Block
 from folo.state.sequence import Sequence
-
-SAMPLE = -1  # the target of a row that is sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class Scheduled(NamedTuple):
 class Row(NamedTuple):
     """One row of logits: which hidden state it comes from and what it is for.
 
-    position: of the token that is sampled or scored. target: the token to score, or -1 to sample.
+    position: of the token that is sampled or scored. target: the token to score, or SAMPLE.
     """
 
     number: int  # of the scheduled sequence

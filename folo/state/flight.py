@@ -56,15 +56,15 @@ class Flight:
         kept = [n for n, item in enumerate(self.bound.batch.scheduled) if item.sequence.key in now]
         pool, tables, scheduled = state.pool, list[BlockTable](), list[Scheduled]()
         for n in kept:
-            item, bound = self.bound.batch.scheduled[n], self.bound.tables[n].blocks
-            sequence, foreseen = now[item.sequence.key], item.sequence.table.blocks
+            item, taken = self.bound.batch.scheduled[n], self.bound.tables[n].blocks
+            sequence, before = now[item.sequence.key], item.sequence.table.blocks
             table = sequence.table
-            if bound is not foreseen:  # one token takes at most one block
-                if len(bound) > len(foreseen):
+            if taken is not before:  # one token takes at most one block
+                if len(taken) > len(before):
                     pool = pool.take(1)
-                else:  # the last one was copied
-                    pool, table = pool.part(table.blocks), table.first(len(foreseen) - 1)
-                table = table.extended([bound[-1]])
+                else:  # it is a copy of the last one
+                    pool, table = pool.part(table.blocks), table.first(len(before) - 1)
+                table = table.extended([taken[-1]])
             tables.append(table)
             scheduled.append(item._replace(sequence=sequence))
         batch = Batch(state, tuple(scheduled), (), True, state)
