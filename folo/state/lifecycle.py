@@ -119,9 +119,8 @@ def _validate(state: EngineState, request: Request) -> None:
         raise refuse(
             f"a prompt of {length} tokens leaves no room for output under max_model_len={state.max_model_len}"
         )
-    ids = [*request.prompt_token_ids, *(params.stop_token_ids or ())]
     biases = dict(params.logit_bias or ())
-    ids += biases
+    ids = [*request.prompt_token_ids, *(params.stop_token_ids or ()), *biases]
     check_vocabulary(state, f"request {request.id!r}", ids)
     for name in ("logprobs", "prompt_logprobs"):
         if (getattr(params, name) or 0) > vocab_size:
