@@ -24,12 +24,12 @@ from folo.model.params import Params
 from folo.model.tokenizer import load_tokenizer
 from folo.request import CompletionOutput, Logprob, Request, RequestOutput
 from folo.sampling import SamplingParams
+from folo.state.batch import Batch
 from folo.state.branch import extend, fork
 from folo.state.check import check
 from folo.state.engine import EngineState, init
 from folo.state.lifecycle import abort, collect, finish, submit
 from folo.state.outputs import has_unfinished, outputs
-from folo.state.plan import Batch
 from folo.state.rebind import rebind, reconfigure
 from folo.state.restore import restore
 from folo.state.save import save

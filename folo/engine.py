@@ -112,11 +112,8 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run one step: the outputs so far of requests that got tokens, and those that have ended."""
         moved = {id for id in self._advance() if id in self.state.requests} - self._streams
-        unfinished: dict[str, list[Continuation]] = {id: [] for id in moved}
-        for sequence in (*self.state.running, *self.state.waiting) if moved else ():
-            if sequence.id in moved:
-                unfinished[sequence.id].append(sequence)
-        running = [self._output(id, sequences) for id, sequences in unfinished.items()]
+        unfinished = self.state.unfinished() if moved else {}
+        running = [self._output(id, unfinished[id]) for id in moved]
         ended = [self._done[id] for id in self._done.keys() - self._streams]
         self._done = {id: self._done[id] for id in self._done.keys() & self._streams}
         return sorted([*ended, *running], key=lambda output: output.metrics["arrival"])

@@ -130,7 +130,6 @@ class Graphs:
 
     def _capture(self, params: Params, k: Tensor, v: Tensor, attention: str, kind: Kind, size: int) -> _Graph:
         fixed = Fixed(_fitted(_NOTHING, size, kind), params.device)
-        fixed.fill(_fitted(_NOTHING, size, kind))
 
         def function() -> Tensor:
             hidden = device.run(params, k, v, fixed.tree, attention, self._layer)

@@ -31,6 +31,7 @@ SAMPLING = np.dtype(
         ("truncated", "?"),  # by top-k or top-p, which sort
     ]
 )
+SAMPLE = -1  # the target of a row that a token is sampled from
 UNRESOLVED = -1  # a token that was sampled, and that only the device knows yet
 NO_LOGPROBS = -1  # a row's num_logprobs if it wants none, not even its own token's
 
@@ -86,7 +87,7 @@ class Rows:
     """
 
     index: Tensor  # int64[R], rows of the hidden states
-    target: Tensor  # int64[R], the token to score, or -1 to sample one
+    target: Tensor  # int64[R], the token to score, or SAMPLE
     temperature: Tensor  # float32[R]
     min_p: Tensor  # float32[R]
     top_k: Tensor  # int64[R]

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from folo.inputs import NO_LOGPROBS, ROWS_PER_TILE, Inputs, Rows
+from folo.inputs import NO_LOGPROBS, ROWS_PER_TILE, SAMPLE, Inputs, Rows
 
 _NOWHERE = -1  # the slot of a padding row
-_NEUTRAL = {"target": -1, "top_p": 1}  # the columns of `Rows` in which what changes nothing is not 0
+_NEUTRAL = {"target": SAMPLE, "top_p": 1}  # the columns of `Rows` in which what changes nothing is not 0
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:

@@ -65,31 +65,31 @@ class RowTransform(Protocol):
     def __call__(self, logits: Tensor, context: Context = _NO_CONTEXT, /) -> Tensor: ...
 
 
-# Ranges keep float32 logits finite: within them no quotient of a finite logit overflows.
-_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "temperature": ("0 (greedy) or in [1e-5, 1e5]", lambda x: x == 0 or 1e-5 <= x <= 1e5),
-    "top_p": ("in (0, 1]; 1 is off", lambda x: 0 < x <= 1),
-    "min_p": ("in [0, 1]; 0 is off", lambda x: 0 <= x <= 1),
-    "repetition_penalty": ("in [1e-5, 1e5]; 1 is off", lambda x: 1e-5 <= x <= 1e5),
-    "presence_penalty": ("in [-2, 2]; 0 is off", lambda x: -2 <= x <= 2),
-    "frequency_penalty": ("in [-2, 2]; 0 is off", lambda x: -2 <= x <= 2),
+# What a number may be: its kind, in words, and as a test. The ranges keep float32 logits finite: within them
+# no quotient of a finite logit overflows.
+_NUMBERS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
+    "temperature": (float, "0 (greedy) or in [1e-5, 1e5]", lambda x: x == 0 or 1e-5 <= x <= 1e5),
+    "top_p": (float, "in (0, 1]; 1 is off", lambda x: 0 < x <= 1),
+    "min_p": (float, "in [0, 1]; 0 is off", lambda x: 0 <= x <= 1),
+    "repetition_penalty": (float, "in [1e-5, 1e5]; 1 is off", lambda x: 1e-5 <= x <= 1e5),
+    "presence_penalty": (float, "in [-2, 2]; 0 is off", lambda x: -2 <= x <= 2),
+    "frequency_penalty": (float, "in [-2, 2]; 0 is off", lambda x: -2 <= x <= 2),
     "logit_bias value": (
+        float,
         "in [-1e30, 1e30], or -inf to ban the token",
         lambda x: x == -math.inf or -1e30 <= x <= 1e30,
     ),
-}
-_INTEGERS: dict[str, tuple[str, Callable[[int], bool]]] = {
-    "n": ("at least 1", lambda x: x >= 1),
-    "best_of": ("at least 1, or None", lambda x: x >= 1),
-    "top_k": ("0 or -1 (off), or in [1, 2**31)", lambda x: -1 <= x < 2**31),
-    "max_tokens": ("at least 1, or None for no limit", lambda x: x >= 1),
-    "min_tokens": ("at least 0", lambda x: x >= 0),
-    "seed": ("in [0, 2**64), or None to derive one from the engine's", lambda x: 0 <= x < 2**64),
-    "logprobs": ("at least 0, or None", lambda x: x >= 0),
-    "prompt_logprobs": ("at least 0, or None", lambda x: x >= 0),
-    "stop_token_ids element": ("at least 0", lambda x: x >= 0),
-    "logit_bias token id": ("at least 0", lambda x: x >= 0),
-    "engine seed": ("in [0, 2**64)", lambda x: 0 <= x < 2**64),
+    "n": (int, "at least 1", lambda x: x >= 1),
+    "best_of": (int, "at least 1, or None", lambda x: x >= 1),
+    "top_k": (int, "0 or -1 (off), or in [1, 2**31)", lambda x: -1 <= x < 2**31),
+    "max_tokens": (int, "at least 1, or None for no limit", lambda x: x >= 1),
+    "min_tokens": (int, "at least 0", lambda x: x >= 0),
+    "seed": (int, "in [0, 2**64), or None to derive one from the engine's", lambda x: 0 <= x < 2**64),
+    "logprobs": (int, "at least 0, or None", lambda x: x >= 0),
+    "prompt_logprobs": (int, "at least 0, or None", lambda x: x >= 0),
+    "stop_token_ids element": (int, "at least 0", lambda x: x >= 0),
+    "logit_bias token id": (int, "at least 0", lambda x: x >= 0),
+    "engine seed": (int, "in [0, 2**64)", lambda x: 0 <= x < 2**64),
 }
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize")
 _OPTIONAL = ("best_of", "max_tokens", "seed", "logprobs", "prompt_logprobs")
@@ -144,12 +144,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
-            if name in _NUMBERS:
+            if name in _NUMBERS and not (value is None and name in _OPTIONAL):
                 self._set(name, _number(name, value))
-            if name in _INTEGERS:
-                self._set(name, _integer(name, value))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -206,7 +202,7 @@ def min_p(value: float) -> RowTransform:
 
 def top_k(value: int) -> RowTransform:
     """Keep the `value` largest logits, and ties with the last of them; 0 and -1 keep all."""
-    return _warp(top_k=_integer("top_k", value))
+    return _warp(top_k=_number("top_k", value))
 
 
 def top_p(value: float) -> RowTransform:
@@ -264,7 +260,7 @@ def transforms_of(params: SamplingParams) -> RowTransform:
 
 def derive_seed(engine_seed: int, request_id: str) -> int:
     """The seed, in [0, 2**64), of a request that has none: blake2b of the engine's seed and the id."""
-    digest = hashlib.blake2b(_integer("engine seed", engine_seed).to_bytes(8, "little"))
+    digest = hashlib.blake2b(_number("engine seed", engine_seed).to_bytes(8, "little"))
     digest.update(request_id.encode("utf-8", "surrogatepass"))
     return int.from_bytes(digest.digest()[:8], "little")
 
@@ -272,12 +268,8 @@ def derive_seed(engine_seed: int, request_id: str) -> int:
 def _warp(temperature: float = 1.0, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> RowTransform:
     def warped(logits: Tensor, context: Context = _NO_CONTEXT, /) -> Tensor:
         rows = logits.reshape(-1, logits.shape[-1])
-
-        def column(value: float) -> Tensor:
-            return torch.full((len(rows),), value, dtype=torch.float32, device=rows.device)
-
         k = torch.full((len(rows),), top_k, dtype=torch.int64, device=rows.device)
-        result = sampler.warp(rows, column(temperature), column(min_p), k, column(top_p))
+        result = sampler.warp(rows, _column(temperature, rows), _column(min_p, rows), k, _column(top_p, rows))
         return result.reshape(logits.shape)
 
     return warped
@@ -292,10 +284,6 @@ def _penalize(
     def penalized(logits: Tensor, context: Context = _NO_CONTEXT, /) -> Tensor:
         rows = logits.reshape(-1, logits.shape[-1])
         count, device = len(rows), rows.device
-
-        def column(value: float) -> Tensor:
-            return torch.full((count,), value, dtype=torch.float32, device=device)
-
         tokens = torch.tensor([*context.prompt_ids, *context.output_ids], dtype=torch.int64, device=device)
         row = torch.arange(count, device=device)
         result = sampler.penalize(
@@ -303,9 +291,9 @@ def _penalize(
             tokens.repeat(count),
             torch.arange(count + 1, device=device) * len(tokens),
             torch.full_like(row, len(context.prompt_ids)),
-            column(repetition),
-            column(presence),
-            column(frequency),
+            _column(repetition, rows),
+            _column(presence, rows),
+            _column(frequency, rows),
             row.repeat_interleave(len(bias)),
             torch.tensor([token for token, _ in bias], dtype=torch.int64, device=device).repeat(count),
             torch.tensor([value for _, value in bias], dtype=torch.float32, device=device).repeat(count),
@@ -315,23 +303,18 @@ def _penalize(
     return penalized
 
 
-def _number(name: str, value: Any) -> float:
-    text, valid = _NUMBERS[name]
-    if not _is(value, Real) or not valid(value):
-        raise RequestError(f"{name} must be {text}, got {value!r}")
-    return float(value)
+def _column(value: float, rows: Tensor) -> Tensor:
+    return torch.full((len(rows),), value, dtype=torch.float32, device=rows.device)
 
 
-def _integer(name: str, value: Any) -> int:
-    text, valid = _INTEGERS[name]
-    if not _is(value, Integral) or not valid(value):
-        raise RequestError(f"{name} must be an integer, {text}, got {value!r}")
-    return int(value)
-
-
-def _is(value: Any, kind: type) -> bool:
-    """numpy's numbers count as numbers; True and False do not."""
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _number(name: str, value: Any) -> Any:
+    """An int or a float within its range. numpy's numbers count as numbers; True and False do not."""
+    kind, text, valid = _NUMBERS[name]
+    expected: Any = Integral if kind is int else Real
+    if not isinstance(value, expected) or isinstance(value, bool) or not valid(value):
+        prefix = "an integer, " if kind is int else ""
+        raise RequestError(f"{name} must be {prefix}{text}, got {value!r}")
+    return kind(value)
 
 
 def _biases(
@@ -344,7 +327,7 @@ def _biases(
         raise RequestError(f"logit_bias must map token ids to numbers, got {biases!r}") from None
     return tuple(
         sorted(
-            (_integer("logit_bias token id", token), _number("logit_bias value", value))
+            (_number("logit_bias token id", token), _number("logit_bias value", value))
             for token, value in pairs
         )
     )
@@ -359,7 +342,7 @@ def _stops(stop: Any) -> tuple[str, ...]:
 
 
 def _token_ids(ids: Any) -> tuple[int, ...]:
-    return tuple(_integer("stop_token_ids element", token) for token in _elements("stop_token_ids", ids))
+    return tuple(_number("stop_token_ids element", token) for token in _elements("stop_token_ids", ids))
 
 
 def _callables(processors: Any) -> tuple[Transform, ...]:

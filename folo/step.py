@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,12 @@ from folo.model.forward import layer_in_heap
 from folo.model.params import Params
 from folo.sampling import Context
 from folo.state.advance import advance
+from folo.state.batch import Batch, Row, RowPlan
 from folo.state.bind import Bound, bind
 from folo.state.engine import EngineState
 from folo.state.evolve import evolve
 from folo.state.flight import Flight, landed
-from folo.state.layout import Row, RowPlan, inputs_of, rows_of
-from folo.state.plan import Batch
+from folo.state.layout import inputs_of
 from folo.state.sequence import Sequence
 from folo.tokens import Tokens, results_of, tokens_in_flight, tokens_of
 from folo.transfer import download, upload
@@ -96,15 +96,18 @@ def replayed(recorder: Recorder, layer_function: Any) -> Step:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch with all that the device function reads, and what its rows of logits are for."""
+    """A batch with all that the device function reads."""
 
     bound: Bound
-    rows: RowPlan
     inputs: Inputs  # on the host
 
     @property
     def state(self) -> EngineState:
         return self.bound.batch.state
+
+    @property
+    def rows(self) -> RowPlan:
+        return self.bound.batch.rows
 
     @property
     def previous(self) -> Tensor | None:
@@ -143,27 +146,26 @@ def _step(
 
 def prologue(batch: Batch) -> Prepared:
     """The host's part before the device function. Raises OutOfBlocksError as `step` does."""
-    bound, rows = bind(batch), rows_of(batch)
-    return Prepared(bound, rows, inputs_of(bound, rows))
+    bound = bind(batch)
+    return Prepared(bound, inputs_of(bound))
 
 
 def epilogue(prepared: Prepared, sampled: Items[device.Sampled]) -> tuple[EngineState, Tokens]:
     """The host's part after it, given what each tile of rows came to. Raises RequestError as `step` does."""
     results = results_of(sampled, prepared.rows)
-    return advance(prepared.state, prepared.bound, prepared.rows, results), tokens_of(prepared.rows, results)
+    return advance(prepared.state, prepared.bound, results), tokens_of(prepared.rows, results)
 
 
 def _flight_of(prepared: Prepared, sampled: list[device.Sampled]) -> Flight:
-    rows, copied = prepared.rows, download(sampled)
+    bound, rows, copied = prepared.bound, prepared.rows, download(sampled)
+    # The state that it was scheduled for may hold a flight itself, which would live on in this one.
+    bound = replace(bound, batch=evolve(bound.batch, origin=bound.batch.state))
     ids = torch.cat([tile.ids for tile in sampled]) if sampled else torch.empty(0, dtype=torch.int64)
-    return Flight(prepared.bound, rows, ids, list(range(len(rows))), lambda: results_of(copied(), rows))
+    return Flight(bound, ids, list(range(len(rows))), lambda: results_of(copied(), rows))
 
 
 def _eager(layer_function: Any) -> Run:
-    def run(params: Params, prepared: Prepared) -> list[device.Sampled]:
-        return _run(params, prepared, prepared.inputs, layer_function)
-
-    return run
+    return lambda params, prepared: _run(params, prepared, prepared.inputs, layer_function)
 
 
 def _graphed(graphs: Graphs, layer_function: Any) -> Run:
@@ -209,11 +211,10 @@ def _sampled(params: Params, hidden: Tensor, tiles: Items[Rows], rows: RowPlan) 
 
 def _sample(params: Params, hidden: Tensor, tile: Rows, rows: RowPlan, numbers: range) -> device.Sampled:
     raw, processed = device.row_logits(params, hidden, tile)
-    own = [(place, rows[n]) for place, n in enumerate(numbers) if has_processors(rows.sequences[n])]
-    own = [(place, row) for place, row in own if not row.of_prompt]
-    if own:
-        processed = processed.clone()
-        for place, row in own:
+    own = [place for place, n in enumerate(numbers) if has_processors(rows.sequences[n])]
+    processed = processed.clone() if own else processed
+    for place in own:
+        if not (row := rows[numbers[place]]).of_prompt:
             processed[place] = _transformed(processed[place], row)
     return device.sample(raw, processed, tile)
 

@@ -14,8 +14,8 @@ from folo.inputs import NO_LOGPROBS, output_logprobs
 from folo.model.device import Sampled
 from folo.ops.sampler import NO_TOKEN
 from folo.state.advance import Results
+from folo.state.batch import Row, RowPlan
 from folo.state.flight import Flight
-from folo.state.layout import Row, RowPlan
 from folo.state.sequence import TokenLogprobs
 from folo.transfer import upload
 
@@ -44,17 +44,17 @@ def results_of(sampled: Items[Sampled], rows: RowPlan) -> Results:
         if tile.logprob is None or tile.rank is None or tile.top_ids is None or tile.top_logprobs is None:
             scores += [None] * len(numbers)
             continue
-        columns = (
-            tile.logprob.tolist(),
-            tile.rank.tolist(),
-            tile.top_ids.tolist(),
-            tile.top_logprobs.tolist(),
-        )
+        columns = [c.tolist() for c in (tile.logprob, tile.rank, tile.top_ids, tile.top_logprobs)]
         for n, logprob, rank, top_ids, top_logprobs in zip(numbers, *columns, strict=True):
             k = _num_logprobs(rows[n])
             score = TokenLogprobs(logprob, rank, tuple(top_ids[:k]), tuple(top_logprobs[:k]))
             scores.append(None if k == NO_LOGPROBS else score)
-    _refuse_unsampled(rows, ids)
+    if NO_TOKEN in ids:
+        row = rows[ids.index(NO_TOKEN)]
+        raise RequestError(
+            f"request {row.sequence.id!r}: no token can be sampled at position {row.position}: its "
+            f"logits hold NaN or inf, or every token is banned; abort it, and the others go on"
+        )
     return Results(ids, scores)
 
 
@@ -63,52 +63,38 @@ def _num_logprobs(row: Row) -> int:
     return params.prompt_logprobs or 0 if row.of_prompt else output_logprobs(params)
 
 
-def _refuse_unsampled(rows: RowPlan, ids: list[int]) -> None:
-    if NO_TOKEN in ids:
-        row = rows[ids.index(NO_TOKEN)]
-        raise RequestError(
-            f"request {row.sequence.id!r}: no token can be sampled at position {row.position}: its "
-            f"logits hold NaN or inf, or every token is banned; abort it, and the others go on"
-        )
-
-
 def tokens_of(rows: RowPlan, results: Results) -> Tokens:
     """The sampled ones among the results."""
-    ids, scores = results.ids, results.scores
-    origins = [sequence.origin for sequence in rows.sequences]
-    if max(rows.targets, default=-1) >= 0:  # some rows only score a token
-        at = [n for n, target in enumerate(rows.targets) if target < 0]
-        ids, scores, origins = [ids[n] for n in at], [scores[n] for n in at], [origins[n] for n in at]
+    at, ids, scores = rows.sampled, results.ids, results.scores
+    if len(at) < len(ids):
+        ids, scores = [ids[n] for n in at], [scores[n] for n in at]
     logprobs = None
     if any(scores):
         values = [float("nan") if score is None else score.logprob for score in scores]
         logprobs = torch.tensor(values, dtype=torch.float32)
-    return Tokens(
-        ids=torch.from_numpy(np.array(ids, np.int64)),  # a third of torch.tensor's time
-        logprobs=logprobs,
-        request_ids=tuple([origin.request.id for origin in origins]),
-        sample_indices=tuple([origin.sample for origin in origins]),
-    )
+    whole = torch.from_numpy(np.array(ids, np.int64))  # a third of torch.tensor's time
+    return _tokens(rows, at, whole, logprobs)
 
 
 def tokens_in_flight(flight: Flight, sampled: Items[Sampled]) -> Tokens:
     """The tokens of a launched step, without waiting for them."""
-    rows, ids = flight.rows, flight.ids
-    at = [n for n, target in enumerate(rows.targets) if target < 0]
-    origins = [rows.sequences[n].origin for n in at]
-    places = [flight.places[n] for n in at]
-    index = None if len(places) == len(ids) else upload(torch.tensor(places, dtype=torch.int64), ids.device)
+    rows, ids, logprobs = flight.bound.batch.rows, flight.ids, None
+    at = rows.sampled
     asked = [_num_logprobs(rows[n]) != NO_LOGPROBS for n in at]
-    logprobs = None
     if any(asked):
         none = (torch.full(tile.ids.shape, torch.nan, device=ids.device) for tile in sampled)
         pairs = zip(sampled, none, strict=True)
         logprobs = torch.cat([nan if tile.logprob is None else tile.logprob for tile, nan in pairs])
-        logprobs = logprobs if index is None else logprobs[index]
+    if len(at) < len(ids):
+        index = upload(torch.tensor([flight.places[n] for n in at], dtype=torch.int64), ids.device)
+        ids, logprobs = ids[index], None if logprobs is None else logprobs[index]
+    if logprobs is not None:
         logprobs = torch.where(upload(torch.tensor(asked), ids.device), logprobs, torch.nan)
-    return Tokens(
-        ids=ids if index is None else ids[index],
-        logprobs=logprobs,
-        request_ids=tuple([origin.request.id for origin in origins]),
-        sample_indices=tuple([origin.sample for origin in origins]),
-    )
+    return _tokens(rows, at, ids, logprobs)
+
+
+def _tokens(rows: RowPlan, at: list[int], ids: Tensor, logprobs: Tensor | None) -> Tokens:
+    sequences = rows.sequences
+    origins = [sequences[n].origin for n in at]
+    requests, samples = [origin.request.id for origin in origins], [origin.sample for origin in origins]
+    return Tokens(ids, logprobs, tuple(requests), tuple(samples))

@@ -13,15 +13,18 @@ _ALIGNMENT = 64  # bytes: what a kernel is compiled for may depend on a pointer'
 T = TypeVar("T")
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def upload(tree: T, device: torch.device) -> T:
     """A tree of host tensors, on the device."""
-    return tree if device.type == "cpu" else Fixed(tree, device).fill(tree)
+    return tree if device.type == "cpu" else Fixed(tree, device).tree
 
 
 def download(tree: T) -> Callable[[], T]:
     """Begin to copy a tree of tensors to the host; the function returned waits for it, as often as called."""
-    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-    if not any(tensor.is_cuda for tensor in tensors):
+    if not any(tensor.is_cuda for tensor in _tensors(tree)):
         return lambda: tree
 
     def copied(tensor: Tensor) -> Tensor:
@@ -40,25 +43,25 @@ def download(tree: T) -> Callable[[], T]:
 
 
 class Fixed(Generic[T]):
-    """Device tensors at fixed addresses, of the shapes and dtypes of a tree of host tensors.
+    """Device tensors at fixed addresses, which hold a tree of host tensors until another is filled in.
 
     They are views of one buffer, which one copy fills. `tree` is what a captured graph reads.
     """
 
     def __init__(self, tree: T, device: torch.device) -> None:
-        leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
         self._places: list[slice] = []
         end = 0
-        for leaf in leaves:
-            self._places.append(slice(end, end + leaf.numel() * leaf.element_size()))
-            end += -(-leaf.numel() * leaf.element_size() // _ALIGNMENT) * _ALIGNMENT
-        self._buffer = torch.zeros(end, dtype=torch.uint8, device=device)
+        for tensor in _tensors(tree):
+            self._places.append(slice(end, end + tensor.nbytes))
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._buffer = torch.empty(end, dtype=torch.uint8, device=device)
         places = iter(self._places)
 
         def view(leaf: Tensor) -> Tensor:
             return self._buffer[next(places)].view(leaf.dtype).view(leaf.shape)
 
         self.tree: T = pytree.tree_map_only(Tensor, view, tree)
+        self.fill(tree)
 
     def fill(self, tree: T) -> T:
         """Copy host tensors of the same shapes in; returns the device's.
@@ -67,8 +70,7 @@ class Fixed(Generic[T]):
         """
         cuda = self._buffer.is_cuda
         host = torch.empty(self._buffer.shape, dtype=torch.uint8, pin_memory=cuda)
-        leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-        for leaf, place in zip(leaves, self._places, strict=True):
-            host[place].view(leaf.dtype).copy_(leaf.reshape(-1))
+        for tensor, place in zip(_tensors(tree), self._places, strict=True):
+            host[place].view(tensor.dtype).copy_(tensor.reshape(-1))
         self._buffer.copy_(host, non_blocking=True)
         return self.tree

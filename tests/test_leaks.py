@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from engine import finish_all, prompt
 import folo
 from folo.inputs import NO_LOGPROBS, Inputs, Rows
 from folo.model import device
+from folo.model.forward import layer_in_heap
+from folo.step import launched
 
 WARM_UP = 5_000
 
@@ -92,3 +95,21 @@ def test_requests_with_a_model_end_with_every_block_free_or_cached(tiny: folo.Pa
     assert heap.num_free == heap.num_blocks - numbers.blocks_cached
     del state
     assert heap.num_free == heap.num_blocks
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.1])  # with one, the next step's plan waits for the tokens
+def test_a_step_in_flight_keeps_no_state_but_the_one_before_it(tiny: folo.Params, penalty: float) -> None:
+    step = launched(layer_in_heap)
+    state = folo.init(
+        tiny, folo.CacheConfig(block_size=8, num_blocks=24), folo.SchedulerConfig(max_num_seqs=2)
+    )
+    sampling = folo.SamplingParams(seed=1, max_tokens=9, ignore_eos=True, repetition_penalty=penalty)
+    for n in range(6):
+        state = folo.submit(state, folo.Request(prompt(9, n), sampling, str(n)))
+    states = []
+    while (batch := folo.schedule(state)) is not None:
+        states.append(weakref.ref(state))
+        state, _ = step(tiny, state, batch)
+        del batch
+        assert sum(older() is not None for older in states) <= 1
+    assert len(states) > 25

@@ -23,7 +23,7 @@ from folo import ops
 from folo.inputs import Inputs
 from folo.model import device
 from folo.state.bind import bind
-from folo.state.layout import inputs_of, rows_of
+from folo.state.layout import inputs_of
 
 # --- the device function
 
@@ -99,8 +99,7 @@ def sampled_every_way(params: folo.Params) -> tuple[folo.EngineState, Inputs]:
         state = folo.submit(state, folo.Request([1, 2, 3, 4, number], sampling, id=str(number)))
     batch = folo.schedule(state)
     assert batch is not None
-    bound = bind(batch)
-    inputs = inputs_of(bound, rows_of(batch))
+    inputs = inputs_of(bind(batch))
     return state, replace(inputs, copy_source=torch.tensor([0]), copy_target=torch.tensor([9]))
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from folo.bench.workloads import Arrival
 from folo.model.params import Params
+from folo.state.batch import Batch
 from folo.state.engine import EngineState
 from folo.state.lifecycle import submit
-from folo.state.plan import Batch
 from folo.state.schedule import schedule
 from folo.state.sequence import Sequence
 from folo.state.stats import Stats, stats

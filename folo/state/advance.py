@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from folo import detokenize
-from folo.inputs import UNRESOLVED
+from folo.inputs import SAMPLE, UNRESOLVED
 from folo.state.bind import Bound
 from folo.state.engine import Counters, EngineState
 from folo.state.evolve import draft, evolve
 from folo.state.heap import Content
-from folo.state.layout import Row, RowPlan
 from folo.state.pool import ROOT, Pool, extend_digests
 from folo.state.queues import queued, settle
 from folo.state.sequence import BlockTable, Sequence, TokenLogprobs
@@ -25,13 +24,14 @@ class Results:
     scores: list[TokenLogprobs | None]
 
 
-def advance(state: EngineState, bound: Bound, rows: RowPlan, results: Results) -> EngineState:
+def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
     """The state after a step of it, with the tokens appended and stop conditions applied.
 
     Tokens may be UNRESOLVED: then a sequence ends only by its length.
     """
     batch, size, caching = bound.batch, state.cache.block_size, state.cache.enable_prefix_caching
-    pool, numbers, targets = bound.pool, [*rows.numbers, -1], rows.targets
+    pool, rows = bound.pool, batch.rows
+    numbers, targets = [*rows.numbers, -1], rows.targets
     ids, scored = results.ids, any(results.scores)
     changed: dict[int, Sequence] = {}  # by id() of the sequence in the old state
     ended: list[Sequence] = []
@@ -51,8 +51,10 @@ def advance(state: EngineState, bound: Bound, rows: RowPlan, results: Results) -
                 fields["num_cached"] = start
         while numbers[at] == number:
             if scored and (scores := results.scores[at]) is not None:
-                _score(rows[at], scores, fields)
-            if targets[at] < 0:
+                fields["scores"] = fields["scores"].append(scores)
+                if not rows[at].of_prompt:
+                    fields["cumulative_logprob"] += scores.logprob
+            if targets[at] == SAMPLE:
                 token, origin = ids[at], before.origin
                 fields["tokens"] = tokens = before.tokens.append(token)
                 length = tokens.length
@@ -70,7 +72,7 @@ def advance(state: EngineState, bound: Bound, rows: RowPlan, results: Results) -
             at += 1
         if sequence.finish_reason is not None:
             pool = pool.release(table.blocks)
-            ended.append(sequence.ended(sequence.finish_reason, sequence.stop_reason))
+            ended.append(sequence.vacate())
         elif is_admitted:
             admitted.append(sequence)
         changed[id(before)] = sequence
@@ -81,15 +83,12 @@ def advance(state: EngineState, bound: Bound, rows: RowPlan, results: Results) -
     waiting = state.waiting
     if waiting:
         waiting = tuple([s for s in waiting if id(s) not in changed])
-    evicted = [evolve(victim.vacate(), preemptions=victim.preemptions + 1) for victim in batch.preempted]
-    requests, finished = settle(state, ended)
+    evicted = [victim.preempted() for victim in batch.preempted]
     counters = state.counters
     return evolve(
-        state,
+        settle(state, ended) if ended else state,
         running=queued(state, running, admitted),
-        waiting=queued(state, waiting, evicted) if evicted else waiting,
-        requests=requests,
-        finished=finished,
+        waiting=queued(state, waiting, evicted),
         pool=pool,
         counters=Counters(
             steps=counters.steps + 1,
@@ -127,13 +126,6 @@ def _index(
             pool = pool.hold([*blocks[:number], known]).release(blocks[: number + 1])
             blocks[number], swapped = known, True
     return BlockTable.of(tuple(blocks)) if swapped else table, pool
-
-
-def _score(row: Row, scores: TokenLogprobs, fields: dict[str, Any]) -> None:
-    """One position more has its scores."""
-    fields["scores"] = fields["scores"].append(scores)
-    if not row.of_prompt:
-        fields["cumulative_logprob"] += scores.logprob
 
 
 def _stopped(tokenizer: Any, sequence: Sequence, token: int) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
+from folo.errors import OutOfBlocksError
+from folo.state.batch import Batch, Scheduled
+from folo.state.engine import EngineState
 from folo.state.heap import Block
-from folo.state.pinned import out_of_blocks
-from folo.state.plan import Batch, Scheduled
 from folo.state.pool import Pool
 from folo.state.sequence import BlockTable
 
@@ -86,5 +88,20 @@ class _Binding:
     def _allocate(self) -> Block:
         try:
             return self.state.heap.allocate()
-        except MemoryError:
-            raise out_of_blocks(self.state) from None
+        except OutOfBlocksError:
+            raise _out_of_blocks(self.state) from None
+
+
+def _out_of_blocks(state: EngineState) -> OutOfBlocksError:
+    """The error for a step of `state` that found no free block. Looks at every object there is: slow."""
+    heap, mine = state.heap, set(state.blocks())
+    others = (o for o in gc.get_objects() if type(o) is EngineState and o.heap is heap)
+    pinning = [blocks for other in others if (blocks := set(other.blocks()) - mine)]
+    pinned = set[Block]().union(*pinning)
+    rest = heap.num_blocks - len(mine) - len(pinned)
+    return OutOfBlocksError(
+        f"all {heap.num_blocks} blocks of the KV heap are in use: {len(mine)} by the state being stepped, "
+        f"{len(pinned)} pinned by {len(pinning)} older states that are still held, {rest} by the step itself "
+        f"and by what tracebacks and outputs hold; drop some of the states, or give CacheConfig a larger "
+        f"reserve_blocks"
+    )

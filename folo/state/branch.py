@@ -8,18 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from folo import detokenize
-from folo.detokenize import TextState
 from folo.errors import RequestError
-from folo.inputs import pack_sampling
-from folo.request import Request
 from folo.state.engine import EngineState, Held
 from folo.state.evolve import evolve
 from folo.state.flight import landed
-from folo.state.lifecycle import check_vocabulary, max_length, origin_of
+from folo.state.lifecycle import check_vocabulary, digests_of, origin_of, text_before
 from folo.state.log import Log
-from folo.state.pool import extend_digests
 from folo.state.queues import queued
-from folo.state.sequence import BlockTable, Origin, Sequence, TokenLogprobs
+from folo.state.sequence import Origin, Sequence, TokenLogprobs
 
 
 def fork(
@@ -67,22 +63,22 @@ def fork(
     forced = _forced(state, id, append, len(children))
     own = _seeds(parent, seeds, len(children))
     stem = _stem(state, parent, keep)
-    running, waiting, pool, requests = list(state.running), [], state.pool, state.requests
+    running, waiting, pool, requests = list[Sequence](), list[Sequence](), state.pool, state.requests
+    num_free = state.scheduler.max_num_seqs - len(state.running)
     for number, (child, tokens, seed) in enumerate(zip(children, forced, own, strict=True)):
         arrival = state.arrivals + number
         origin = _child_origin(state, parent.origin, child, arrival, keep, seed)
         sequence = _child(state, parent, stem, origin, tokens)
-        requests = requests.set(child, Held(sequence.origin.request, arrival, num_samples=1))
-        if sequence.num_computed and len(running) < state.scheduler.max_num_seqs:
+        requests = requests.set(child, Held(origin.request, arrival, num_samples=1))
+        if sequence.num_computed and len(running) < num_free:
             running.append(sequence)
             pool = pool.hold(sequence.table.blocks)
         else:
             waiting.append(evolve(sequence.vacate(), num_cached=None))
-    born = running[len(state.running) :]
     return evolve(
         state,
-        running=queued(state, state.running, born) if born else state.running,
-        waiting=queued(state, state.waiting, waiting) if waiting else state.waiting,
+        running=queued(state, state.running, running),
+        waiting=queued(state, state.waiting, waiting),
         requests=requests,
         pool=pool,
         arrivals=state.arrivals + len(children),
@@ -115,16 +111,8 @@ def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
         )
     request = evolve(held.request, prompt_token_ids=tuple(tokens), prompt=None)
     ended = before.finish_reason is not None
-    arrival, seed, stream = (
-        state.arrivals if ended else held.arrival,
-        before.origin.seed,
-        before.origin.stream,
-    )
-    origin = origin_of(state, request, arrival, seed, 0, stream, before.origin.lineage)
-    text = None
-    if request.sampling.stop:
-        skip = request.sampling.skip_special_tokens
-        text = detokenize.begin(state.tokenizer, request.prompt_token_ids, skip)
+    arrival, old = state.arrivals if ended else held.arrival, before.origin
+    origin = origin_of(state, request, arrival, old.seed, 0, old.stream, old.lineage)
     # Scores of what was the prompt stay; what was output becomes prompt, which the model scores alone.
     scored = origin.scored_from < origin.num_prompt
     scores = before.scores.first(len(before.prompt_scores)) if scored else Log[TokenLogprobs]()
@@ -132,9 +120,9 @@ def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
         before,
         origin=origin,
         tokens=tokens,
-        digests=_digests(state, before.digests, tokens, request),
+        digests=digests_of(state, request, tokens, before.digests),
         scores=scores,
-        text=text,
+        text=text_before(state, request),
         cumulative_logprob=0.0,
         num_cached=None,
         finish_reason=None,
@@ -204,7 +192,9 @@ def _stem(state: EngineState, parent: Sequence, keep: int) -> Sequence:
     """The parent's first `keep` tokens, with what is known of them."""
     origin = parent.origin
     whole = keep == parent.tokens.length and parent.finish_reason is None
-    text = parent.text if whole else _text(state, parent, keep)
+    text = parent.text if whole else text_before(state, origin.request)
+    if text is not None and not whole:
+        text = detokenize.advance(state.tokenizer, text, parent.tokens[origin.num_prompt : keep])
     scores, total = parent.scores.first(max(0, keep - origin.scored_from)), parent.cumulative_logprob
     if scores.length < parent.scores.length:
         total = 0.0
@@ -227,40 +217,22 @@ def _stem(state: EngineState, parent: Sequence, keep: int) -> Sequence:
     )
 
 
-def _text(state: EngineState, parent: Sequence, keep: int) -> TextState | None:
-    if parent.text is None:
-        return None
-    prompt, skip = parent.origin.request.prompt_token_ids, parent.text.skip_special_tokens
-    text = detokenize.begin(state.tokenizer, prompt, skip)
-    return detokenize.advance(state.tokenizer, text, parent.tokens[parent.origin.num_prompt : keep])
-
-
 def _child_origin(
     state: EngineState, parent: Origin, id: str, arrival: int, keep: int, seed: int | None
 ) -> Origin:
     request, params = parent.request, parent.request.sampling
     if params.n > 1 or params.best_of is not None:
-        alone = replace(params, n=1, best_of=None if params.best_of is None else 1)
-        request = evolve(request, sampling=alone)
-    lineage = (*parent.lineage, (request.id, keep, parent.seed if seed is None else seed))
-    request = evolve(request, id=id)
-    origin = evolve(parent, request=request, arrival=arrival, sample=0, lineage=lineage)
-    if params.prompt_logprobs is not None:  # of several samples, only the first one scores the prompt
-        origin = evolve(origin, scored_from=1)
-    if seed is not None:
-        packed = pack_sampling(request.sampling, seed, 0)
-        origin = evolve(origin, seed=seed, stream=0, packed_sampling=packed)
-    limit = max_length(state, params, parent.num_prompt)
-    if limit != parent.max_length:  # of a parent that ended before the limits were changed
-        scores_output = parent.scored_to > parent.num_prompt
-        origin = evolve(origin, max_length=limit, scored_to=limit if scores_output else parent.num_prompt)
-    return origin
+        params = replace(params, n=1, best_of=None if params.best_of is None else 1)
+    seed, stream = (parent.seed, parent.stream) if seed is None else (seed, 0)
+    lineage = (*parent.lineage, (request.id, keep, seed))
+    request = evolve(request, id=id, sampling=params)
+    return origin_of(state, request, arrival, seed, 0, stream, lineage)
 
 
 def _child(
     state: EngineState, parent: Sequence, stem: Sequence, origin: Origin, forced: list[int]
 ) -> Sequence:
-    sequence, request = evolve(stem, origin=origin), origin.request
+    sequence = evolve(stem, origin=origin)
     if origin.scored_from < stem.origin.scored_from:
         sequence = evolve(sequence, scores=Log[TokenLogprobs](), cumulative_logprob=0.0)
     if forced:
@@ -268,7 +240,7 @@ def _child(
         text = stem.text
         if text is not None:
             text = detokenize.advance(state.tokenizer, text, forced)
-        digests = _digests(state, stem.digests, tokens, request)
+        digests = digests_of(state, origin.request, tokens, stem.digests)
         sequence = evolve(sequence, tokens=tokens, digests=digests, text=text)
         sequence = _scored(sequence, parent, stem.tokens.length)
     if sequence.tokens.length >= origin.max_length:
@@ -294,17 +266,11 @@ def _scored(sequence: Sequence, parent: Sequence, position: int) -> Sequence:
     return evolve(sequence, scores=sequence.scores.append(scores), cumulative_logprob=total)
 
 
-def _digests(state: EngineState, digests: Log[bytes], tokens: Log[int], request: Request) -> Log[bytes]:
-    if not state.cache.enable_prefix_caching:
-        return digests
-    return extend_digests(digests, tokens, state.cache.block_size, request.cache_salt)
-
-
 def _caught_up(state: EngineState, sequence: Sequence) -> Sequence:
     """With as much of the table as the tokens allow: what has to be computed again is left out."""
     computed = min(sequence.num_computed, sequence.reusable)
     if not computed:
-        return evolve(sequence, num_computed=0, table=BlockTable())
+        return sequence.vacate()
     table = sequence.table.first(-(-computed // state.cache.block_size))
     cached = computed if sequence.num_cached is None else sequence.num_cached
     return evolve(sequence, num_computed=computed, table=table, num_cached=cached)

@@ -36,8 +36,8 @@ def _check_queues(state: EngineState) -> None:
         _require(ranks == sorted(ranks), f"{name} is out of order")
     _require(len(state.running) <= state.scheduler.max_num_seqs, "more sequences run than max_num_seqs")
     unfinished = [*state.running, *state.waiting]
-    ended = [s for requests in (state.requests, state.finished) for _, a in requests.items() for s in a.ended]
-    keys = Counter((s.id, s.origin.sample) for s in (*unfinished, *ended))
+    ended = [s for held in state.all_held() for s in held.ended]
+    keys = Counter(s.key for s in (*unfinished, *ended))
     _require(all(count == 1 for count in keys.values()), "a sequence stands in two places")
     samples = Counter(id for id, _ in keys)
     for sequence in unfinished:
@@ -46,12 +46,11 @@ def _check_queues(state: EngineState) -> None:
     for sequence in (*state.waiting, *ended):
         vacant = not sequence.table.blocks and not sequence.num_computed
         _require(vacant, f"{sequence.id!r} does not run, yet holds blocks")
-    for requests in (state.requests, state.finished):
-        for id, held in requests.items():
-            known = samples[id]
-            _require(known == held.num_samples, f"{id!r} has {known} of {held.num_samples} samples")
-            over = len(held.ended) == held.num_samples
-            _require(over == (requests is state.finished), f"{id!r} is misfiled")
+    for held in state.all_held():
+        id, known = held.request.id, samples[held.request.id]
+        _require(known == held.num_samples, f"{id!r} has {known} of {held.num_samples} samples")
+        queue = state.finished if held.over else state.requests
+        _require(queue.get(id) is held, f"{id!r} is misfiled")
 
 
 def _check_running(state: EngineState, sequence: Sequence) -> None:

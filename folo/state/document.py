@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import asdict, fields
 from typing import Any
 
-from folo.config import CacheConfig, SchedulerConfig
 from folo.detokenize import TextState
 from folo.errors import RequestError, RestoreError
 from folo.request import Request
 from folo.sampling import Named, SamplingParams, Transform
 from folo.state.engine import Counters, EngineState, Held
 from folo.state.evolve import evolve
-from folo.state.lifecycle import origin_of
+from folo.state.lifecycle import digests_of, origin_of
 from folo.state.log import Log
 from folo.state.map import Map
-from folo.state.pool import extend_digests
+from folo.state.queues import settle
 from folo.state.sequence import BlockTable, Sequence, TokenLogprobs
 
 Document = dict[str, Any]
@@ -25,9 +24,7 @@ Document = dict[str, Any]
 
 def sequences_of(state: EngineState) -> list[Sequence]:
     """All sequences in the order in which a document lists them: running, waiting, ended."""
-    both = (held for requests in (state.requests, state.finished) for _, held in requests.items())
-    ended = [s for held in sorted(both, key=lambda held: held.arrival) for s in held.ended]
-    return [*state.running, *state.waiting, *ended]
+    return [*state.running, *state.waiting, *(s for held in state.all_held() for s in held.ended)]
 
 
 def describe(state: EngineState) -> Document:
@@ -36,8 +33,7 @@ def describe(state: EngineState) -> Document:
     Raises:
         RequestError: a request has logits processors without a name (`folo.sampling.named`).
     """
-    helds = [held for requests in (state.requests, state.finished) for _, held in requests.items()]
-    helds.sort(key=lambda held: held.arrival)
+    helds = state.all_held()
     number = {held.request.id: n for n, held in enumerate(helds)}
     return {
         "seed": state.seed,
@@ -92,11 +88,6 @@ _PLAIN = (
 )
 
 
-def configs_of(document: Document) -> tuple[CacheConfig, SchedulerConfig]:
-    """The configuration that the document's state ran under."""
-    return CacheConfig(**document["cache"]), SchedulerConfig(**document["scheduler"])
-
-
 def rebuild(
     state: EngineState,
     document: Document,
@@ -113,82 +104,67 @@ def rebuild(
             sequence may grow longer than the state's heap holds.
     """
     limit = document["max_model_len"]
-    requests = [_request_of(entry, transforms) for entry in document["requests"]]
-    for request in requests:
-        if request.sampling.stop and state.tokenizer is None:
+    helds, requests = [_held(entry, transforms) for entry in document["requests"]], Map[str, Held]()
+    for held in helds:
+        if held.request.sampling.stop and state.tokenizer is None:
             raise RestoreError(
-                f"request {request.id!r} has stop strings: restore(..., tokenizer=folo.load_tokenizer(model))"
+                f"request {held.request.id!r} has stop strings: "
+                f"restore(..., tokenizer=folo.load_tokenizer(model))"
             )
+        requests = requests.set(held.request.id, held)
     under = evolve(state, max_model_len=limit)
     sequences = [
-        _sequence_of(under, document["requests"], requests, entry, ids, table)
+        _sequence_of(under, helds[entry["request"]], entry, ids, table)
         for entry, ids, table in zip(document["sequences"], tokens, tables, strict=True)
     ]
-    num_running, num_waiting = document["num_running"], document["num_waiting"]
-    unfinished = sequences[: num_running + num_waiting]
+    num_running = document["num_running"]
+    num_queued = num_running + document["num_waiting"]
     capacity = state.pool.capacity * state.cache.block_size
-    for sequence in unfinished:
+    for sequence in sequences[:num_queued]:
         if sequence.origin.max_length > capacity:
             raise RestoreError(
                 f"request {sequence.id!r} may grow to {sequence.origin.max_length} tokens; the cache holds "
                 f"{capacity}: give it a larger num_blocks"
             )
-    ended: dict[str, list[Sequence]] = {}
-    for sequence in sequences[num_running + num_waiting :]:
-        ended.setdefault(sequence.id, []).append(sequence)
-    helds: dict[bool, Map[str, Held]] = {False: Map(), True: Map()}
-    for entry, request in zip(document["requests"], requests, strict=True):
-        done = tuple(ended.get(request.id, ()))
-        held = Held(request, entry["arrival"], entry["num_samples"], done)
-        over = len(done) == held.num_samples
-        helds[over] = helds[over].set(request.id, held)
-    return evolve(
+    state = evolve(
         state,
-        running=tuple(unfinished[:num_running]),
-        waiting=tuple(unfinished[num_running:]),
-        requests=helds[False],
-        finished=helds[True],
+        running=tuple(sequences[:num_running]),
+        waiting=tuple(sequences[num_running:num_queued]),
+        requests=requests,
         arrivals=document["arrivals"],
         counters=Counters(**document["counters"]),
-        seed=document["seed"],
         max_model_len=min(limit, state.max_model_len),
     )
+    return settle(state, sequences[num_queued:])
 
 
-def _request_of(entry: Document, transforms: Mapping[str, Transform]) -> Request:
-    values = {f.name: entry[f.name] for f in fields(Request)}
+def _held(entry: Document, transforms: Mapping[str, Transform]) -> Held:
+    """A request that holds none of its sequences yet."""
     sampling = dict(entry["sampling"])
-    for name in sampling["logits_processors"]:
-        if name not in transforms:
-            raise RestoreError(
-                f"request {entry['id']!r} uses the logits processor {name!r}: "
-                f"restore(..., transforms={{{name!r}: function}})"
-            )
-    processors = tuple(Named(name, _bare(transforms[name])) for name in sampling["logits_processors"])
-    bias = sampling["logit_bias"]
-    sampling |= {"logits_processors": processors, "logit_bias": None if bias is None else dict(bias)}
-    return Request(**{**values, "sampling": SamplingParams(**sampling)})
+    names = sampling["logits_processors"]
+    sampling["logits_processors"] = [_transform(name, entry["id"], transforms) for name in names]
+    values: Document = {f.name: entry[f.name] for f in fields(Request)}
+    request = Request(**{**values, "sampling": SamplingParams(**sampling)})
+    return Held(request, entry["arrival"], entry["num_samples"])
 
 
-def _bare(transform: Transform) -> Callable[..., Any]:
-    return transform.transform if isinstance(transform, Named) else transform
+def _transform(name: str, id: str, transforms: Mapping[str, Transform]) -> Named:
+    if name not in transforms:
+        raise RestoreError(
+            f"request {id!r} uses the logits processor {name!r}: "
+            f"restore(..., transforms={{{name!r}: function}})"
+        )
+    given = transforms[name]
+    return Named(name, given.transform if isinstance(given, Named) else given)
 
 
 def _sequence_of(
-    state: EngineState,
-    entries: Items[Document],
-    requests: Items[Request],
-    entry: Document,
-    ids: list[int],
-    table: BlockTable,
+    state: EngineState, held: Held, entry: Document, ids: list[int], table: BlockTable
 ) -> Sequence:
-    request, tokens = requests[entry["request"]], Log(ids)
+    request, tokens = held.request, Log(ids)
     lineage = tuple((id, position, seed) for id, position, seed in entry["lineage"])
-    arrival = entries[entry["request"]]["arrival"]
-    origin = origin_of(state, request, arrival, entry["seed"], entry["sample"], entry["stream"], lineage)
-    digests = Log[bytes]()
-    if state.cache.enable_prefix_caching:
-        digests = extend_digests(digests, tokens, state.cache.block_size, request.cache_salt)
+    seed, sample, stream = entry["seed"], entry["sample"], entry["stream"]
+    origin = origin_of(state, request, held.arrival, seed, sample, stream, lineage)
     scores = [
         TokenLogprobs(logprob, rank, tuple(ids), tuple(logprobs))
         for logprob, rank, ids, logprobs in entry["scores"]
@@ -201,7 +177,7 @@ def _sequence_of(
         tokens=tokens,
         num_computed=entry["num_computed"],
         table=table,
-        digests=digests,
+        digests=digests_of(state, request, tokens, Log()),
         scores=Log(scores),
         text=text,
         **{name: entry[name] for name in _PLAIN},

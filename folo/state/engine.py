@@ -12,7 +12,7 @@ from folo.config import CacheConfig, SchedulerConfig
 from folo.errors import ConfigError, RequestError
 from folo.ops.attention import attention_backend
 from folo.request import Request
-from folo.state.heap import KVHeap
+from folo.state.heap import Block, KVHeap
 from folo.state.map import Map
 from folo.state.pool import Pool
 from folo.state.sequence import Sequence
@@ -31,6 +31,10 @@ class Held:
     arrival: int
     num_samples: int
     ended: tuple[Sequence, ...] = ()
+
+    @property
+    def over(self) -> bool:
+        return len(self.ended) == self.num_samples
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,32 @@ class EngineState:
         if held is None:
             raise RequestError(f"no request {id!r} in this state: never submitted, or collected already")
         return held
+
+    def all_held(self) -> list[Held]:
+        """The requests, finished or not, in order of arrival."""
+        both = (held for requests in (self.requests, self.finished) for _, held in requests.items())
+        return sorted(both, key=lambda held: held.arrival)
+
+    def unfinished(self) -> dict[str, list[Sequence]]:
+        """The sequences in the queues, by request."""
+        found: dict[str, list[Sequence]] = {}
+        for sequence in (*self.running, *self.waiting):
+            found.setdefault(sequence.id, []).append(sequence)
+        return found
+
+    def blocks(self) -> list[Block]:
+        """Every block that the state refers to: in the order of the tables, then the longest idle first."""
+        used = {block.index: block for s in self.running for block in s.table.blocks}
+        return [*used.values(), *(block for _, block in sorted(self.pool.released.items()))]
+
+    def filled(self) -> dict[int, int]:
+        """How many slots hold a token, of each block that a table holds, by its index."""
+        size, filled = self.cache.block_size, dict[int, int]()
+        for sequence in self.running:
+            for number, block in enumerate(sequence.table.blocks):
+                here = min(size, sequence.num_computed - number * size)
+                filled[block.index] = max(filled.get(block.index, 0), here)
+        return filled
 
     def sequences(self, id: str) -> list[Sequence]:
         """The unfinished sequences of a request, by sample. Raises RequestError as `held` does."""

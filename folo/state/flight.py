@@ -17,11 +17,10 @@ from torch import Tensor
 from folo.errors import RequestError
 from folo.inputs import UNRESOLVED
 from folo.state.advance import Results, advance
+from folo.state.batch import Batch, Scheduled
 from folo.state.bind import Bound
 from folo.state.engine import EngineState
 from folo.state.evolve import evolve
-from folo.state.layout import RowPlan
-from folo.state.plan import Batch, Scheduled
 from folo.state.sequence import BlockTable
 
 
@@ -29,7 +28,7 @@ from folo.state.sequence import BlockTable
 class Flight:
     """A step that was launched from the state that holds it.
 
-    ids: what all rows of the launch came to, int64, on the device; `places` are those of `rows` in it.
+    ids: what all rows of the launch came to, int64, on the device; `places` are those of its rows in it.
     fetch: waits for the results of all rows of the launch, in the order of `ids`. May be called again.
 
     Raises:
@@ -37,14 +36,13 @@ class Flight:
     """
 
     bound: Bound
-    rows: RowPlan
     ids: Tensor
     places: list[int]
     fetch: Callable[[], Results]
 
     @property
     def results(self) -> Results:
-        """Of `rows`."""
+        """Of its own rows."""
         found = self.fetch()
         return Results([found.ids[n] for n in self.places], [found.scores[n] for n in self.places])
 
@@ -57,32 +55,21 @@ class Flight:
         now = {sequence.key: sequence for sequence in state.running}
         kept = [n for n, item in enumerate(self.bound.batch.scheduled) if item.sequence.key in now]
         pool, tables, scheduled = state.pool, list[BlockTable](), list[Scheduled]()
-        copies = self.bound.copies
         for n in kept:
-            item, bound = self.bound.batch.scheduled[n], self.bound.tables[n].blocks
-            sequence, foreseen = now[item.sequence.key], item.sequence.table.blocks
+            item, taken = self.bound.batch.scheduled[n], self.bound.tables[n].blocks
+            sequence, before = now[item.sequence.key], item.sequence.table.blocks
             table = sequence.table
-            if bound is not foreseen:
-                copied = bool(foreseen) and bound[len(foreseen) - 1] is not foreseen[-1]
-                if copied:
-                    pool = pool.part(table.blocks)
-                    table = table.first(len(foreseen) - 1)
-                new = bound[len(table.blocks) :]
-                if len(new) > copied:
-                    pool = pool.take(len(new) - copied)
-                table = table.extended(list(new))
+            if taken is not before:  # one token takes at most one block
+                if len(taken) > len(before):
+                    pool = pool.take(1)
+                else:  # it is a copy of the last one
+                    pool, table = pool.part(table.blocks), table.first(len(before) - 1)
+                table = table.extended([taken[-1]])
             tables.append(table)
             scheduled.append(item._replace(sequence=sequence))
         batch = Batch(state, tuple(scheduled), (), True, state)
-        rows = RowPlan(
-            list(range(len(kept))),
-            [item.sequence for item in scheduled],
-            [self.rows.hidden[n] for n in kept],
-            [self.rows.positions[n] for n in kept],
-            [self.rows.targets[n] for n in kept],
-        )
-        bound = Bound(batch, tables, pool.evict(), copies)
-        return Flight(bound, rows, self.ids, [self.places[n] for n in kept], self.fetch)
+        bound = Bound(batch, tables, pool.evict(), self.bound.copies)
+        return Flight(bound, self.ids, [self.places[n] for n in kept], self.fetch)
 
 
 def landed(state: EngineState) -> EngineState:
@@ -94,7 +81,7 @@ def landed(state: EngineState) -> EngineState:
     flight = state.flight
     if flight is None:
         return state
-    return advance(evolve(state, flight=None), flight.bound, flight.rows, flight.results)
+    return advance(evolve(state, flight=None), flight.bound, flight.results)
 
 
 def landed_or_before(state: EngineState) -> EngineState:
@@ -110,8 +97,8 @@ def foreseen(state: EngineState) -> EngineState | None:
     flight = state.flight
     if flight is None or not flight.bound.batch.decoding:
         return None
-    if any(sequence.origin.looks_back for sequence in flight.rows.sequences):
+    if any(sequence.origin.looks_back for sequence in flight.bound.batch.rows.sequences):
         return None
-    count = len(flight.rows)
+    count = len(flight.places)
     unknown = Results([UNRESOLVED] * count, [None] * count)
-    return advance(evolve(state, flight=None), flight.bound, flight.rows, unknown)
+    return advance(evolve(state, flight=None), flight.bound, unknown)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,96 +12,21 @@ from torch import Tensor
 
 from folo.inputs import ROWS_PER_TILE, SAMPLING, UNRESOLVED, Inputs, Penalties, Rows, pack_sampling
 from folo.sampling import SamplingParams
+from folo.state.batch import Batch, Row, RowPlan, Scheduled
 from folo.state.bind import Bound
 from folo.state.log import gather
-from folo.state.plan import Batch, Scheduled
-from folo.state.sequence import Sequence
 
 # Sampling parameters that change nothing, for rows that only score a prompt token.
 _NEUTRAL = pack_sampling(SamplingParams(), seed=0, sample_index=0)
-_SAMPLE = -1  # the target of a row that is sampled
 # The columns of `Rows`, by what they hold.
-_WHOLE = ("index", "target", "position", "top_k", "seed", "sample_index")
-_REAL = ("temperature", "min_p", "top_p")
-_TRUTH = ("processed",)
+_KINDS = (
+    (np.int64, ("index", "target", "position", "top_k", "seed", "sample_index")),
+    (np.float32, ("temperature", "min_p", "top_p")),
+    (np.bool_, ("processed",)),
+)
 
 
-class Row(NamedTuple):
-    """One row of logits: which hidden state it comes from and what it is for.
-
-    position: of the token that is sampled or scored. target: the token to score, or -1 to sample.
-    """
-
-    number: int  # of the scheduled sequence
-    sequence: Sequence
-    hidden: int
-    position: int
-    target: int
-
-    @property
-    def of_prompt(self) -> bool:
-        """Whether it scores a prompt token, by the model alone: no sampling parameter has a say."""
-        return self.position < self.sequence.origin.num_prompt
-
-
-@dataclass(frozen=True, slots=True)
-class RowPlan:
-    """The rows of logits that a step computes, in the order of its tokens: the columns of `Row`."""
-
-    numbers: list[int]
-    sequences: list[Sequence]
-    hidden: list[int]
-    positions: list[int]
-    targets: list[int]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, n: int) -> Row:
-        return Row(self.numbers[n], self.sequences[n], self.hidden[n], self.positions[n], self.targets[n])
-
-    @property
-    def tiles(self) -> list[range]:
-        """The rows that are computed together, at most ROWS_PER_TILE."""
-        count = len(self)
-        return [range(n, min(n + ROWS_PER_TILE, count)) for n in range(0, count, ROWS_PER_TILE)]
-
-
-def rows_of(batch: Batch) -> RowPlan:
-    """What a step's logits are for."""
-    scheduled = batch.scheduled
-    sequences, ends = [item[0] for item in scheduled], [item[2] for item in scheduled]
-    if batch.decoding:  # by far the most common: every sequence samples its next token
-        numbers = list(range(len(scheduled)))
-        return RowPlan(numbers, sequences, numbers, ends, [_SAMPLE] * len(scheduled))
-    plan = RowPlan([], [], [], [], [])
-    numbers, sequences, hidden, positions = plan.numbers, plan.sequences, plan.hidden, plan.positions
-    targets, first = plan.targets, 0
-    for number, (sequence, start, end, *_) in enumerate(scheduled):
-        if sequence.origin.scored_from < sequence.origin.scored_to:
-            for position in _scored(sequence, start, end):
-                numbers.append(number)
-                sequences.append(sequence)
-                hidden.append(first + position - 1 - start)
-                positions.append(position)
-                targets.append(sequence.tokens[position])
-        first += end - start
-        if end == sequence.tokens.length:
-            numbers.append(number)
-            sequences.append(sequence)
-            hidden.append(first - 1)
-            positions.append(end)
-            targets.append(_SAMPLE)
-    return plan
-
-
-def _scored(sequence: Sequence, start: int, end: int) -> range:
-    """The tokens whose logprobs this chunk gives, and no earlier step has given."""
-    unscored = sequence.unscored
-    return range(max(unscored.start, start + 1), min(unscored.stop, end + 1))
-
-
-def inputs_of(bound: Bound, rows: RowPlan) -> Inputs:
+def inputs_of(bound: Bound) -> Inputs:
     """All arrays of a step, on the host."""
     scheduled, size = bound.batch.scheduled, bound.batch.state.cache.block_size
     starts = np.array([item[1] for item in scheduled])
@@ -116,21 +40,22 @@ def inputs_of(bound: Bound, rows: RowPlan) -> Inputs:
     tables = tables.reshape(len(scheduled), -1)
     slots = tables[number, positions // size].astype(np.int64) * size + positions % size
 
-    def put(values: Any, dtype: type) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype))
-
     return Inputs(
-        token_ids=put(_token_ids(scheduled, len(positions)), np.int64),
-        positions=put(positions, np.int64),
-        slots=put(slots, np.int64),
-        query_start=put(query_start, np.int32),
-        seq_lens=put(ends, np.int32),
-        block_tables=put(tables, np.int32),
-        copy_source=put([source.index for source, _ in bound.copies], np.int64),
-        copy_target=put([target.index for _, target in bound.copies], np.int64),
-        rows=_tiled(rows, put),
-        source=put(_sources(bound.batch), np.int64) if bound.batch.foreseen else None,
+        token_ids=_put(_token_ids(scheduled, len(positions)), np.int64),
+        positions=_put(positions, np.int64),
+        slots=_put(slots, np.int64),
+        query_start=_put(query_start, np.int32),
+        seq_lens=_put(ends, np.int32),
+        block_tables=_put(tables, np.int32),
+        copy_source=_put([source.index for source, _ in bound.copies], np.int64),
+        copy_target=_put([target.index for _, target in bound.copies], np.int64),
+        rows=_tiled(bound.batch),
+        source=_put(_sources(bound.batch), np.int64) if bound.batch.foreseen else None,
     )
+
+
+def _put(values: Any, dtype: type) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype))
 
 
 def _token_ids(scheduled: Items[Scheduled], count: int) -> list[int]:
@@ -143,35 +68,34 @@ def _sources(batch: Batch) -> list[int]:
     """For the token of each decode, the row of the flight that it comes from, or -1 if it is known."""
     flight = batch.origin.flight
     assert flight is not None, "a batch is foreseen behind a flight"
-    pairs = zip(flight.rows.sequences, flight.places, strict=True)
+    pairs = zip(flight.bound.batch.rows.sequences, flight.places, strict=True)
     places = {sequence.key: place for sequence, place in pairs}
     last = [(sequence, sequence.tokens[start]) for sequence, start, *_ in batch.scheduled]
     return [places[sequence.key] if token == UNRESOLVED else -1 for sequence, token in last]
 
 
-def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
+def _tiled(batch: Batch) -> tuple[Rows, ...]:
+    rows = batch.rows
     packed = [sequence.origin.packed_sampling for sequence in rows.sequences]
-    of_prompt = {n: row for n, row in _targeted(rows) if row.of_prompt}
+    of_prompt = [] if batch.decoding else [n for n in range(len(rows)) if rows[n].of_prompt]
     for n in of_prompt:
         packed[n] = _NEUTRAL
-    columns = np.frombuffer(b"".join(packed), SAMPLING)
-    num_logprobs = columns["num_logprobs"].copy()
-    for n, row in of_prompt.items():
-        num_logprobs[n] = row.sequence.origin.request.sampling.prompt_logprobs
+    columns = np.frombuffer(bytearray(b"".join(packed)), SAMPLING)
+    num_logprobs = columns["num_logprobs"]
+    for n in of_prompt:
+        num_logprobs[n] = rows.sequences[n].origin.request.sampling.prompt_logprobs
     starts = [tile.start for tile in rows.tiles]
-    punished = columns["punished"]
-    adjusted = np.logical_or.reduceat(punished | columns["biased"], starts)
+    adjusted = np.logical_or.reduceat(columns["punished"] | columns["biased"], starts)
     warped = np.logical_or.reduceat(columns["warped"], starts)
     truncated = np.logical_or.reduceat(columns["truncated"], starts)
     most = np.maximum.reduceat(num_logprobs, starts)
-    own = {"index": rows.hidden, "target": rows.targets, "position": rows.positions}
-    kinds = ((np.int64, _WHOLE), (np.float32, _REAL), (np.bool_, _TRUTH))
+    planned = {"index": rows.hidden, "target": rows.targets, "position": rows.positions}
     split = []  # for each kind, its columns in tiles: one array of a kind crosses to the device
-    for dtype, names in kinds:
+    for dtype, names in _KINDS:
         values = np.empty((len(names), len(rows)), dtype)
         for place, name in enumerate(names):
-            values[place] = own[name] if name in own else columns[name]
-        split.append((names, put(values, dtype).split(ROWS_PER_TILE, dim=1)))
+            values[place] = planned[name] if name in planned else columns[name]
+        split.append((names, torch.from_numpy(values).split(ROWS_PER_TILE, dim=1)))
     tiles = []
     for number, tile in enumerate(rows.tiles):
         fields = {}
@@ -180,7 +104,7 @@ def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
         tiles.append(
             Rows(
                 **fields,
-                penalties=_penalties(rows, tile, columns, punished, put) if adjusted[number] else None,
+                penalties=_penalties(rows, tile, columns) if adjusted[number] else None,
                 warped=bool(warped[number]),
                 truncated=bool(truncated[number]),
                 num_logprobs=int(most[number]),
@@ -189,29 +113,22 @@ def _tiled(rows: RowPlan, put: Any) -> tuple[Rows, ...]:
     return tuple(tiles)
 
 
-def _targeted(rows: RowPlan) -> list[tuple[int, Row]]:
-    """The rows that score a token, with their numbers."""
-    if rows.targets.count(_SAMPLE) == len(rows):
-        return []
-    return [(n, rows[n]) for n, target in enumerate(rows.targets) if target != _SAMPLE]
-
-
-def _penalties(rows: RowPlan, tile: range, columns: np.ndarray, punished: np.ndarray, put: Any) -> Penalties:
+def _penalties(rows: RowPlan, tile: range, columns: np.ndarray) -> Penalties:
+    punished, own = columns["punished"], columns[tile.start : tile.stop]
     histories = [rows.sequences[n].tokens[: rows.positions[n]] if punished[n] else [] for n in tile]
     prompts = [rows.sequences[n].origin.num_prompt if punished[n] else 0 for n in tile]
     biased = [(place, rows[n]) for place, n in enumerate(tile) if columns["biased"][n]]
     biases = [(place, token, value) for place, row in biased for token, value in _biases(row)]
-    own = columns[tile.start : tile.stop]
     return Penalties(
-        history=put([token for history in histories for token in history], np.int64),
-        history_start=put([0, *accumulate(len(history) for history in histories)], np.int64),
-        prompt_len=put(prompts, np.int64),
-        repetition=put(own["repetition"], np.float32),
-        presence=put(own["presence"], np.float32),
-        frequency=put(own["frequency"], np.float32),
-        bias_row=put([place for place, _, _ in biases], np.int64),
-        bias_id=put([token for _, token, _ in biases], np.int64),
-        bias_value=put([value for _, _, value in biases], np.float32),
+        history=_put([token for history in histories for token in history], np.int64),
+        history_start=_put([0, *accumulate(len(history) for history in histories)], np.int64),
+        prompt_len=_put(prompts, np.int64),
+        repetition=_put(own["repetition"], np.float32),
+        presence=_put(own["presence"], np.float32),
+        frequency=_put(own["frequency"], np.float32),
+        bias_row=_put([place for place, _, _ in biases], np.int64),
+        bias_id=_put([token for _, token, _ in biases], np.int64),
+        bias_value=_put([value for _, _, value in biases], np.float32),
     )
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence as Items
 import numpy as np
 
 from folo import detokenize
+from folo.detokenize import TextState
 from folo.errors import RequestError
 from folo.inputs import pack_sampling
 from folo.request import Request, RequestOutput
-from folo.sampling import SamplingParams, derive_seed
+from folo.sampling import derive_seed
 from folo.state.engine import EngineState, Held
 from folo.state.evolve import evolve
 from folo.state.flight import landed, landed_or_before
@@ -32,12 +33,7 @@ def submit(state: EngineState, request: Request) -> EngineState:
     _validate(state, request)
     params, tokens = request.sampling, Log(request.prompt_token_ids)
     seed = derive_seed(state.seed, request.id) if params.seed is None else params.seed
-    digests = Log[bytes]()
-    if state.cache.enable_prefix_caching:
-        digests = extend_digests(digests, tokens, state.cache.block_size, request.cache_salt)
-    text = None
-    if params.stop:
-        text = detokenize.begin(state.tokenizer, request.prompt_token_ids, params.skip_special_tokens)
+    digests, text = digests_of(state, request, tokens, Log()), text_before(state, request)
     count = params.best_of or params.n
     samples = (
         Sequence(
@@ -74,7 +70,8 @@ def origin_of(
     if not params.ignore_eos:
         stop_ids |= {token for token in config.eos_token_ids if token < config.vocab_size}
     num_prompt = len(request.prompt_token_ids)
-    limit = max_length(state, params, num_prompt)
+    wanted = state.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
+    limit = min(state.max_model_len, wanted)
     # Prompt logprobs are the same for all samples: the first one computes them.
     scores_prompt = sample == 0 and params.prompt_logprobs is not None
     scores_output = params.logprobs is not None or params.best_of is not None
@@ -95,10 +92,19 @@ def origin_of(
     )
 
 
-def max_length(state: EngineState, params: SamplingParams, num_prompt: int) -> int:
-    """How many tokens a sequence may come to."""
-    wanted = state.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
-    return min(state.max_model_len, wanted)
+def digests_of(state: EngineState, request: Request, tokens: Log[int], known: Log[bytes]) -> Log[bytes]:
+    """The content addresses of the full blocks of `tokens`, of which the first are known."""
+    if not state.cache.enable_prefix_caching:
+        return known
+    return extend_digests(known, tokens, state.cache.block_size, request.cache_salt)
+
+
+def text_before(state: EngineState, request: Request) -> TextState | None:
+    """What the text of an output begins with; None where no stop string needs the text at every step."""
+    params = request.sampling
+    if not params.stop:
+        return None
+    return detokenize.begin(state.tokenizer, request.prompt_token_ids, params.skip_special_tokens)
 
 
 def _validate(state: EngineState, request: Request) -> None:
@@ -113,9 +119,8 @@ def _validate(state: EngineState, request: Request) -> None:
         raise refuse(
             f"a prompt of {length} tokens leaves no room for output under max_model_len={state.max_model_len}"
         )
-    ids = [*request.prompt_token_ids, *(params.stop_token_ids or ())]
     biases = dict(params.logit_bias or ())
-    ids += biases
+    ids = [*request.prompt_token_ids, *(params.stop_token_ids or ()), *biases]
     check_vocabulary(state, f"request {request.id!r}", ids)
     for name in ("logprobs", "prompt_logprobs"):
         if (getattr(params, name) or 0) > vocab_size:
@@ -149,13 +154,11 @@ def finish(
     mine = [s for s in (*state.running, *state.waiting) if s.origin.request is request]
     for sequence in mine:
         pool = pool.release(sequence.table.blocks)
-    requests, finished = settle(state, [s.ended(reason, stop_reason) for s in mine])
+    ended = [evolve(s.vacate(), finish_reason=reason, stop_reason=stop_reason) for s in mine]
     return evolve(
-        state,
+        settle(state, ended),
         running=tuple(s for s in state.running if s.origin.request is not request),
         waiting=tuple(s for s in state.waiting if s.origin.request is not request),
-        requests=requests,
-        finished=finished,
         pool=pool,
     )
 
@@ -171,11 +174,10 @@ def preempt(state: EngineState, count: int) -> EngineState:
     pool, victims = state.pool, state.running[keep:]
     for victim in reversed(victims):
         pool = pool.release(victim.table.blocks)
-    waiting = [evolve(victim.vacate(), preemptions=victim.preemptions + 1) for victim in victims]
     return evolve(
         state,
         running=state.running[:keep],
-        waiting=queued(state, state.waiting, waiting),
+        waiting=queued(state, state.waiting, (victim.preempted() for victim in victims)),
         pool=pool,
         counters=evolve(state.counters, preemptions=state.counters.preemptions + count),
     )
@@ -201,5 +203,5 @@ def collect(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:
 
 def collect_known(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:
     """`collect`, of those that are known to have finished: it waits for no step in flight."""
-    done = sorted((held for _, held in state.finished.items()), key=lambda a: a.arrival)
-    return evolve(state, finished=Map()), {a.request.id: output_of(state, a) for a in done}
+    done = sorted((held for _, held in state.finished.items()), key=lambda held: held.arrival)
+    return evolve(state, finished=Map()), {held.request.id: output_of(state, held) for held in done}

@@ -21,13 +21,10 @@ def has_unfinished(state: EngineState) -> bool:
 def outputs(state: EngineState) -> dict[str, RequestOutput]:
     """The output so far of every request that the state holds, finished or not, in order of arrival."""
     state = landed(state)
-    both = (a for requests in (state.requests, state.finished) for _, a in requests.items())
-    unfinished: dict[str, list[Sequence]] = {}
-    for sequence in (*state.running, *state.waiting):
-        unfinished.setdefault(sequence.id, []).append(sequence)
+    unfinished = state.unfinished()
     return {
-        a.request.id: output_of(state, a, unfinished.get(a.request.id, ()))
-        for a in sorted(both, key=lambda a: a.arrival)
+        held.request.id: output_of(state, held, unfinished.get(held.request.id, ()))
+        for held in state.all_held()
     }
 
 
@@ -61,9 +58,8 @@ def output_of(
     request = held.request
     sequences = sorted((*held.ended, *unfinished), key=lambda s: s.origin.sample)
     first = sequences[0]
-    finished = len(held.ended) == held.num_samples
     shown = sequences
-    if finished:
+    if held.over:
         chosen = sorted(sequences, key=_merit) if request.sampling.best_of else sequences
         shown = chosen[: request.sampling.n]
 
@@ -76,7 +72,7 @@ def output_of(
         prompt_token_ids=list(request.prompt_token_ids),
         prompt_logprobs=_prompt_logprobs(first, piece),
         outputs=[_completion(index, s, text(state.tokenizer, s), piece) for index, s in enumerate(shown)],
-        finished=finished,
+        finished=held.over,
         num_cached_tokens=first.num_cached or 0,
         lineage=first.origin.lineage,
     )

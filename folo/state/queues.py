@@ -5,14 +5,16 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 
-from folo.state.engine import EngineState, Held
+from folo.state.engine import EngineState
 from folo.state.evolve import evolve
-from folo.state.map import Map
 from folo.state.sequence import Sequence
 
 
 def queued(state: EngineState, queue: Iterable[Sequence], new: Iterable[Sequence]) -> tuple[Sequence, ...]:
     """A queue with new sequences at the places of their rank."""
+    new = tuple(new)
+    if not new:
+        return tuple(queue)
     merged = list(queue)
     for sequence in new:
         if not merged or state.rank(merged[-1]) < state.rank(sequence):
@@ -22,14 +24,14 @@ def queued(state: EngineState, queue: Iterable[Sequence], new: Iterable[Sequence
     return tuple(merged)
 
 
-def settle(state: EngineState, ended: Iterable[Sequence]) -> tuple[Map[str, Held], Map[str, Held]]:
-    """`requests` and `finished` once these sequences have ended."""
+def settle(state: EngineState, ended: Iterable[Sequence]) -> EngineState:
+    """The state with these sequences, which have ended, among those of their requests."""
     requests, finished = state.requests, state.finished
     for sequence in ended:
         held = requests[sequence.id]
         held = evolve(held, ended=(*held.ended, sequence))
-        if len(held.ended) < held.num_samples:
-            requests = requests.set(sequence.id, held)
-        else:
+        if held.over:
             requests, finished = requests.delete(sequence.id), finished.set(sequence.id, held)
-    return requests, finished
+        else:
+            requests = requests.set(sequence.id, held)
+    return evolve(state, requests=requests, finished=finished)

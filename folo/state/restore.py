@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from folo.config import CacheConfig
+from folo.config import CacheConfig, SchedulerConfig
 from folo.errors import IntegrityError, ParamsMismatchError, RestoreError
 from folo.ops.arithmetic import arithmetic
 from folo.sampling import Transform
 from folo.state.check import check
-from folo.state.document import Document, configs_of, rebuild
+from folo.state.document import Document, rebuild
 from folo.state.engine import EngineState, init
 from folo.state.evolve import evolve
 from folo.state.heap import Block, Content
 from folo.state.lifecycle import preempt, vacate
 from folo.state.map import Map
-from folo.state.pool import ROOT
+from folo.state.pool import ROOT, Pool
 from folo.state.save import FORMAT, VERSION, checksum
 from folo.state.sequence import BlockTable
 
@@ -58,7 +58,7 @@ def restore(
     metadata, tensors = _read(Path(path))
     _compare(params, metadata, path, recompute)
     document: Document = json.loads(tensors["document"].numpy().tobytes())
-    saved, scheduler = configs_of(document)
+    saved, scheduler = CacheConfig(**document["cache"]), SchedulerConfig(**document["scheduler"])
     cache = saved if cache is None else cache
     if cache.block_size != saved.block_size and not recompute:
         raise RestoreError(
@@ -67,8 +67,7 @@ def restore(
         )
     # The backend that it was made with: whoever chose it then did so knowing what it keeps.
     attention = "auto" if recompute else metadata.get("attention", "auto")
-    seed = document["seed"]
-    state = init(params, cache, scheduler, tokenizer, seed, attention, deterministic=False)
+    state = init(params, cache, scheduler, tokenizer, document["seed"], attention, deterministic=False)
     tokens = _lists(tensors, "tokens", "token_start")
     numbers = _lists(tensors, "tables", "table_start")
     blocks = _stand_ins(tensors, state.cache.enable_prefix_caching)
@@ -139,7 +138,7 @@ def _stand_ins(tensors: Mapping[str, Tensor], caching: bool) -> list[Block]:
 
 
 def _pooled(state: EngineState, blocks: list[Block]) -> EngineState:
-    """With the accounting of all of the file's blocks: more, perhaps, than the capacity."""
+    """The accounting of blocks in the order of `EngineState.blocks`: more, perhaps, than the capacity."""
     held = {block.index for s in state.running for block in s.table.blocks}
     pool, idle, released = state.pool, Map[int, int](), Map[int, Block]()
     for clock, block in enumerate(blocks):
@@ -162,27 +161,14 @@ def _fitted(state: EngineState) -> EngineState:
 
 def _housed(state: EngineState, tensors: Mapping[str, Tensor]) -> EngineState:
     """With blocks of the state's heap in place of the stand-ins, and their K and V in it."""
-    heap, pool = state.heap, state.pool
-    alive = {block.index: block for s in state.running for block in s.table.blocks}
-    alive |= {block.index: block for _, block in pool.released.items()}
-    moved: dict[int, Block] = {}
-    for number, block in alive.items():
-        moved[number] = heap.allocate()
-        moved[number].claimed, moved[number].content = block.claimed, block.content
-    numbers, places = list(moved), [block.index for block in moved.values()]
-    for name, target in (("k", heap.k), ("v", heap.v)):
+    stand_ins = state.blocks()
+    blocks = [state.heap.allocate() for _ in stand_ins]
+    for block, stand_in in zip(blocks, stand_ins, strict=True):
+        block.claimed, block.content = stand_in.claimed, stand_in.content
+    numbers, places = [block.index for block in stand_ins], [block.index for block in blocks]
+    for name, target in (("k", state.heap.k), ("v", state.heap.v)):
         target[:, places] = tensors[name][:, numbers].to(target.device)
-    index, branches = Map[bytes, Block](), Map[int, int]()
-    idle, released = Map[int, int](), Map[int, Block]()
-    for digest, block in pool.index.items():
-        index = index.set(digest, moved[block.index])
-    for number, ways in pool.branches.items():
-        branches = branches.set(moved[number].index, ways)
-    for clock, block in pool.released.items():
-        idle, released = idle.set(moved[block.index].index, clock), released.set(clock, moved[block.index])
-    running = []
-    for sequence in state.running:
-        table = BlockTable.of(tuple(moved[block.index] for block in sequence.table.blocks))
-        running.append(evolve(sequence, table=table))
-    pool = evolve(pool, index=index, branches=branches, idle=idle, released=released)
-    return evolve(state, running=tuple(running), pool=pool)
+    home = dict(zip(numbers, blocks, strict=True))
+    tables = (BlockTable.of(tuple(home[block.index] for block in s.table.blocks)) for s in state.running)
+    running = tuple(evolve(s, table=table) for s, table in zip(state.running, tables, strict=True))
+    return _pooled(evolve(state, running=running, pool=Pool(state.pool.capacity)), blocks)

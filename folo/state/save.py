@@ -99,35 +99,24 @@ def _to_disk(path: Path) -> None:
 
 def _tensors(state: EngineState) -> dict[str, Tensor]:
     sequences, size = sequences_of(state), state.cache.block_size
-    blocks = _blocks(state)
+    blocks = state.blocks()
     number = {block.index: n for n, block in enumerate(blocks)}
-    filled = np.zeros(len(blocks), np.int32)
-    for sequence in state.running:
-        for n, block in enumerate(sequence.table.blocks):
-            here = min(size, sequence.num_computed - n * size)
-            filled[number[block.index]] = max(filled[number[block.index]], here)
-    cached = [block for block in blocks if state.pool.cached(block)]
-    filled[[number[block.index] for block in cached]] = size
+    filled, cached = state.filled(), [block for block in blocks if state.pool.cached(block)]
+    filled |= {block.index: size for block in cached}
+    num_filled = torch.tensor([filled[block.index] for block in blocks], dtype=torch.int32)
     tables = [[number[block.index] for block in s.table.blocks] for s in sequences]
     indices = torch.tensor([block.index for block in blocks], dtype=torch.int64)
-    empty = torch.arange(size)[None, :] >= torch.from_numpy(filled)[:, None]
+    empty = torch.arange(size)[None, :] >= num_filled[:, None]
     document = json.dumps(describe(state)).encode()
     return {
         "k": _gather(state.heap.k, indices, empty),
         "v": _gather(state.heap.v, indices, empty),
         **_ragged("tokens", "token_start", [s.tokens[:] for s in sequences], np.int64),
         **_ragged("tables", "table_start", tables, np.int32),
-        "filled": torch.from_numpy(filled),
+        "filled": num_filled,
         **_cached(cached, number, size),
         "document": torch.from_numpy(np.frombuffer(document, np.uint8).copy()),
     }
-
-
-def _blocks(state: EngineState) -> list[Block]:
-    """Every block that the state refers to, in an order that the state alone decides."""
-    used = {block.index: block for s in state.running for block in s.table.blocks}
-    idle = [block for _, block in sorted(state.pool.released.items())]
-    return [*used.values(), *idle]
 
 
 def _gather(heap: Tensor, indices: Tensor, empty: Tensor) -> Tensor:

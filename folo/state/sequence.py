@@ -147,5 +147,5 @@ class Sequence:
         """Without blocks: everything is to be computed again."""
         return evolve(self, num_computed=0, table=BlockTable())
 
-    def ended(self, reason: str, stop_reason: int | str | None) -> Sequence:
-        return evolve(self.vacate(), finish_reason=reason, stop_reason=stop_reason)
+    def preempted(self) -> Sequence:
+        return evolve(self.vacate(), preemptions=self.preemptions + 1)

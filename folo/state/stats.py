@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from folo.state.engine import EngineState
@@ -34,15 +35,7 @@ def stats(state: EngineState) -> Stats:
     """Count what a state holds; O(blocks in use)."""
     state = landed(state)
     size, pool, counters = state.cache.block_size, state.pool, state.counters
-    filled: dict[int, int] = {}  # by block index
-    shared: set[int] = set()
-    for sequence in state.running:
-        computed = sequence.num_computed
-        for number, block in enumerate(sequence.table.blocks):
-            i = block.index
-            if i in filled:
-                shared.add(i)
-            filled[i] = max(filled.get(i, 0), min(size, computed - number * size))
+    tables = Counter(block.index for sequence in state.running for block in sequence.table.blocks)
     used, cached = pool.used, len(pool.idle)
     return Stats(
         running=len(state.running),
@@ -50,10 +43,10 @@ def stats(state: EngineState) -> Stats:
         finished=len(state.finished),
         num_blocks=pool.capacity,
         blocks_used=used,
-        blocks_shared=len(shared),
+        blocks_shared=sum(count > 1 for count in tables.values()),
         blocks_cached=cached,
         blocks_free=pool.capacity - used - cached,
-        kv_use=sum(filled.values()) / (used * size) if used else 1.0,
+        kv_use=sum(state.filled().values()) / (used * size) if used else 1.0,
         hit_rate=counters.prefix_hits / counters.prefix_queries if counters.prefix_queries else 0.0,
         preemptions=counters.preemptions,
         steps=counters.steps,
