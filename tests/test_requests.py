@@ -358,6 +358,7 @@ def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
         (lambda p: folo.CacheConfig(kv_cache_gib=math.inf), "kv_cache_gib=inf"),
         (lambda p: folo.CacheConfig(kv_cache_gib=cast("Any", "4")), "kv_cache_gib='4'"),
         (lambda p: folo.init(p, seed=-1), "seed=-1"),
+        (lambda p: folo.init(p, seed=True), "seed=True"),
         (lambda p: folo.CacheConfig(gpu_memory_utilization=1.5), "gpu_memory_utilization=1.5"),
         (lambda p: folo.CacheConfig(reserve_blocks=-1), "reserve_blocks=-1"),
         (lambda p: folo.SchedulerConfig(max_num_seqs=0), "max_num_seqs=0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import Any
@@ -55,11 +56,13 @@ def fork(
             f"fork of {id!r}: keep={keep!r}, but it counts tokens with the prompt: {num_prompt} (the prompt) "
             f"to {length} (all)"
         )
-    if isinstance(children, str) or not children or len(set(children)) != len(children):
+    if isinstance(children, str) or not isinstance(children, Collection) or not children:
         raise RequestError(f"fork of {id!r}: children={children!r} is not a list of different ids")
     for child in children:
         if not isinstance(child, str) or not child or child in state.requests or child in state.finished:
             raise RequestError(f"fork of {id!r}: the id {child!r} is empty, no string, or taken already")
+    if len(set(children)) != len(children):
+        raise RequestError(f"fork of {id!r}: children={children!r} is not a list of different ids")
     forced = _forced(state, id, append, len(children))
     own = _seeds(parent, seeds, len(children))
     stem = _stem(state, parent, keep)

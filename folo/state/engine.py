@@ -143,7 +143,7 @@ def init(
         ConfigError: the seed is out of range; the heap would hold no block; max_model_len exceeds the
             model or the heap; the attention backend cannot be had.
     """
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
         raise ConfigError(f"seed={seed!r}: expected an int in [0, 2**64)")
     cache = CacheConfig() if cache is None else cache
     scheduler = SchedulerConfig() if scheduler is None else scheduler
