@@ -37,6 +37,7 @@ class ModelConfig:
         tokenizer: where the tokenizer lies, if not with the model.
         dtype: "auto" (the checkpoint's own), "float32", "float16", "bfloat16", or a torch.dtype.
         device: "auto" (CUDA if present), or any torch device.
+        quantization: "gptq" refuses a checkpoint in any other format; None takes it as it is.
         skip_tokenizer_init: load no tokenizer: prompts and outputs are token ids only.
         seed: the engine seed, from which requests without a seed of their own get theirs.
         compile: how the step runs, as `folo.compile` takes it.
@@ -52,6 +53,7 @@ class ModelConfig:
     tokenizer: str | None = None
     dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"
+    quantization: str | None = None
     skip_tokenizer_init: bool = False
     seed: int = 0
     compile: CompileMode = "auto"
@@ -61,6 +63,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(_is_count(self.seed, 0) and self.seed < 2**64, "seed", self.seed, "an int in [0, 2**64)")
+        _require(self.quantization in (None, "gptq"), "quantization", self.quantization, "None or 'gptq'")
         _require(self.compile in COMPILE_MODES, "compile", self.compile, f"one of {COMPILE_MODES}")
         if self.trust_remote_code:
             warnings.warn("trust_remote_code=True has no effect: folo never runs remote code", stacklevel=3)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from folo import detokenize
 from folo.config import EngineConfig, ModelConfig
-from folo.errors import RequestError
+from folo.errors import ConfigError, RequestError
 from folo.metrics import Clock
 from folo.model.load import load
 from folo.model.tokenizer import load_tokenizer
@@ -61,6 +61,11 @@ class LLMEngine:
         model, where = config.model, config.model.device if device is None else device
         self.config = config
         self.params = load(model.model, model.dtype, where, use_tqdm=use_tqdm)
+        if model.quantization is not None and not self.params.quantized:
+            raise ConfigError(
+                f"quantization={model.quantization!r}, but {model.model or 'the default model'} is not in "
+                "that format: drop the option, or make such a checkpoint with `folo quantize`"
+            )
         self.tokenizer: Any = (
             None if model.skip_tokenizer_init else load_tokenizer(model.tokenizer or model.model)
         )

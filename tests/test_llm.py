@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from gptq_files import gptq_checkpoint
 from torch import Tensor
 
 import folo
@@ -475,6 +476,16 @@ class TestConfiguration:
     def test_names_an_unknown_option_and_those_there_are(self, checkpoint: str) -> None:
         with pytest.raises(folo.ConfigError, match=r"unknown option max_seqs.*max_num_seqs"):
             LLM(checkpoint, max_seqs=1)
+
+    def test_a_format_that_is_asked_for_has_to_be_there(self, checkpoint: str, tmp_path: Path) -> None:
+        gptq_checkpoint(tmp_path)
+        llm = small_llm(str(tmp_path), tokenizer=checkpoint, quantization="gptq")
+        assert llm.params.quantized
+        assert small_llm(str(tmp_path), tokenizer=checkpoint).params.quantized
+        with pytest.raises(folo.ConfigError, match=r"quantization='gptq', but .* is not in that format"):
+            small_llm(checkpoint, quantization="gptq")
+        with pytest.raises(folo.ConfigError, match="quantization='awq': expected None or 'gptq'"):
+            small_llm(checkpoint, quantization="awq")
 
     def test_takes_a_model_config_and_a_device(self, checkpoint: str) -> None:
         engine = LLMEngine(ModelConfig(checkpoint), device="cpu", use_tqdm=False)
