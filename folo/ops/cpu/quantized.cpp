@@ -111,9 +111,17 @@ struct Span {
   const uint8_t* zeros;  // of each tile, `part_stride` apart, like the scales
   const fp16* scales;
   int64_t words, code_stride, part_stride;
-  int64_t ahead;  // from its codes to those that the thread needs after this panel
+  int64_t ahead, part_ahead;  // from its codes, zeros and scales to those that the thread needs a panel later
   W* wide;        // where tiles are kept that were widened, `kWideTile` apart
 };
+
+template <typename W>
+void fetch_parts(const Span<W>& s, int64_t tiles) {
+  for (int64_t at = s.part_ahead, end = at + tiles * s.part_stride; at < end; at += s.part_stride) {
+    _mm_prefetch(s.zeros + at, _MM_HINT_T1);
+    _mm_prefetch(s.scales + at, _MM_HINT_T1);
+  }
+}
 
 // A thread's products of rows of x with spans of kTiles tiles.
 template <typename P, int Bits>
@@ -126,6 +134,7 @@ struct Multiplier {
 
   // The first rows are multiplied as the span is widened: the two keep different parts of the core busy.
   void span(const X* x, int64_t stride, int64_t count, const Span<W>& s, int64_t tiles, float* totals) {
+    fetch_parts(s, tiles);
     if (tiles == kTiles) return rows<kTiles>(x, stride, count, s, totals);
     for (int64_t t = 0; t < tiles; ++t) {
       Span<W> one = s;
@@ -216,6 +225,7 @@ struct Multiplier<Pairs, Bits> {
   using C = Codes<Pairs, Bits>;
 
   void span(const uint32_t* x, int64_t stride, int64_t count, const Span<uint32_t>& s, int64_t tiles, float* totals) {
+    fetch_parts(s, tiles);
     for (int64_t t = 0; t < tiles; ++t) {
       const Whole zeros = C::zeros(s.zeros + t * s.part_stride);
       const int32_t* words = s.codes + t * s.code_stride;
@@ -265,12 +275,13 @@ void product(const Quantized& a, const typename P::X* x) {
     for (int64_t task = 0; task < panels * chunks; ++task) {
       const int64_t first = task % chunks * kMost, count = std::min<int64_t>(kMost, a.m - first);
       const int64_t tile = task / chunks * M::kTiles, tiles = std::min<int64_t>(M::kTiles, all_tiles - tile);
-      const int64_t ahead = tile + 2 * M::kTiles <= all_tiles ? M::kTiles * tile_codes : 0;
+      const int64_t tiles_ahead = tile + 2 * M::kTiles <= all_tiles ? M::kTiles : 0;
       std::fill_n(totals, count * M::kTiles * kTile, 0.0f);
       for (int64_t at = 0; at < a.blocks; at += a.span) {
         const int64_t parts = (tile * spans + at / a.span) * kTile, blocks = std::min(a.span, a.blocks - at);
         const Span<W> span{a.codes + tile * tile_codes + at * Bits * kTile, a.zeros + parts, a.scales + parts,
-                           blocks * Bits, tile_codes, spans * kTile, ahead, wide};
+                           blocks * Bits, tile_codes, spans * kTile, tiles_ahead * tile_codes,
+                           tiles_ahead * spans * kTile, wide};
         multiplier.span(x + first * stride + at * kUnits, stride, count, span, tiles, totals);
       }
       for (int64_t r = 0; r < count; ++r) {
