@@ -1,8 +1,8 @@
 // x [m, k] times a weight of 2, 4 or 8 bits in groups along k: folo/ops/quantized.py says how it lies.
 //
 // code - zero is a whole number of at most 8 bits, exact in bfloat16. Spans of at most 128 columns, of one
-// scale each, are widened into a cache, multiplied with all rows that a thread has, their sums scaled and
-// added in order, in fp32: one order, which the weight's layout decides, for every m.
+// scale each, are widened and multiplied with all rows that a thread has, their sums scaled and added in
+// order, in fp32: one order, which the weight's layout decides, for every m.
 #include <omp.h>
 
 #include <algorithm>
@@ -111,10 +111,11 @@ struct Span {
   const uint8_t* zeros;  // of each tile, `part_stride` apart, like the scales
   const fp16* scales;
   int64_t words, code_stride, part_stride;
-  int64_t ahead, part_ahead;  // from its codes, zeros and scales to those that the thread needs a panel later
-  W* wide;        // where tiles are kept that were widened, `kWideTile` apart
+  int64_t ahead, part_ahead;  // from its codes, and from its zeros and scales, to those of the next panel
+  W* wide;                    // where tiles are kept that were widened, `kWideTile` apart
 };
 
+// Zeros and scales are read a line here and there, which no prefetcher of the hardware foresees.
 template <typename W>
 void fetch_parts(const Span<W>& s, int64_t tiles) {
   for (int64_t at = s.part_ahead, end = at + tiles * s.part_stride; at < end; at += s.part_stride) {
