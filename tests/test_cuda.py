@@ -14,7 +14,7 @@ import torch
 from checkpoints import tiny_checkpoint
 from engine import finish_all, prompt
 from gptq_files import Style, gptq_checkpoint
-from test_gptq_kernels import weight
+from gptq_weights import weight
 from torch import Tensor
 from torch.utils import _pytree as pytree
 

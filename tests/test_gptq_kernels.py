@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gptq_weights import weight
 from torch import Tensor
 
 from folo import ops
 from folo.ops import cpu
-from folo.ops.quantized import BITS, Grouped, Quantized, quantized
+from folo.ops.quantized import BITS, quantized
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 64, 32), (20, 130, 48), (70, 576, 128), (100, 512, -1), (36, 20, 128), (48, 96, 16))
@@ -18,19 +19,6 @@ COUNTS = (0, 1, 2, 5, 6, 7, 16, 17, 31, 33, 64, 70, 96, 97, 193, 200)
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
-
-
-def weight(n: int, k: int, group_size: int, bits: int = 4, desc_act: bool = False) -> Quantized:
-    numbers = torch.Generator().manual_seed(n + k + bits)
-    size = k if group_size == -1 else group_size
-    groups = torch.arange(k) // size
-    num_groups = int(groups[-1]) + 1
-    if desc_act:
-        groups = groups[torch.randperm(k, generator=numbers)]
-    codes = torch.randint(2**bits, (n, k), generator=numbers, dtype=torch.uint8)
-    zeros = torch.randint(2**bits, (num_groups, n), generator=numbers, dtype=torch.uint8)
-    scales = torch.rand(num_groups, n, generator=numbers) + 0.5
-    return quantized(Grouped(codes, scales.half(), zeros, groups, bits, group_size))
 
 
 @pytest.mark.usefixtures("threads", "each_instruction_set")

@@ -7,29 +7,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gptq_weights import weight
 from tensors import DTYPES, check_rounded_once, random, same_bits
 from torch import Tensor
 
 from folo.ops.cuda.quantized import Plan, plan, quantized_linear
-from folo.ops.quantized import BITS, Grouped, Quantized, quantized, span_blocks
+from folo.ops.quantized import BITS, Quantized, span_blocks
 
 COUNTS = (1, 33, 64)
 TILES = ((torch.float32, 32), (torch.float16, 64), (torch.float16, 128))
 
 SHAPES = ((1, 64, 32), (20, 130, 48), (100, 192, 128), (36, 20, 128), (48, 96, -1), (16, 1056, 128))
 """[N, K] and the columns of a group: spans of 1, 2 and 4 blocks, short last ones; the last has two splits."""
-
-
-def weight(n: int, k: int, group_size: int, bits: int = 4, desc_act: bool = False) -> Quantized:
-    numbers = torch.Generator().manual_seed(n + k + bits)
-    groups = torch.arange(k) // (k if group_size == -1 else group_size)
-    num_groups = int(groups[-1]) + 1
-    if desc_act:
-        groups = groups[torch.randperm(k, generator=numbers)]
-    codes = torch.randint(2**bits, (n, k), generator=numbers, dtype=torch.uint8)
-    zeros = torch.randint(2**bits, (num_groups, n), generator=numbers, dtype=torch.uint8)
-    scales = torch.rand(num_groups, n, generator=numbers) + 0.5
-    return quantized(Grouped(codes, scales.half(), zeros, groups, bits, group_size))
 
 
 def linear(x: Tensor, packed: Quantized, bias: Tensor | None = None) -> Tensor:
