@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kv_caches import laid, plain
 from torch import Tensor
 
 from folo import ops
@@ -121,7 +122,7 @@ def test_qk_norm_rope_rotates_by_the_position(norm: bool, dtype: torch.dtype) ->
     weights = [random(head_dim, dtype=dtype, seed=s) if norm else None for s in (1, 2)]
     inv_freq = 10000 ** -torch.arange(0, 1, 2 / head_dim)
     angles = ops.rope_angles(torch.arange(tokens), inv_freq)
-    k_cache, v_cache = torch.zeros((2, 3, 16, num_kv_heads, head_dim), dtype=dtype)
+    k_cache, v_cache = laid(*torch.zeros((2, 3, 16, num_kv_heads, head_dim), dtype=dtype))
     q = ops.qk_norm_rope_write(qkv, angles, *weights, eps, k_cache, v_cache, torch.arange(tokens))
     parts = qkv.view(tokens, -1, head_dim).split((heads, num_kv_heads, num_kv_heads), 1)
     # A complex number turned by the angle: (a + ib) * exp(i * angle), halves being a and b.
@@ -137,8 +138,9 @@ def test_qk_norm_rope_rotates_by_the_position(norm: bool, dtype: torch.dtype) ->
 
     # 5 %: where the norm rounds the other way in float32 than in float64, its result is one ulp off.
     check_rounded_once(q, exact(parts[0], weights[0]), 1.05)
-    check_rounded_once(k_cache.flatten(0, 1)[:tokens], exact(parts[1], weights[1]), 1.05)
-    assert torch.equal(v_cache.flatten(0, 1)[:tokens], parts[2])
+    k, v = (part.flatten(0, 1)[:tokens] for part in plain(k_cache, v_cache))
+    check_rounded_once(k, exact(parts[1], weights[1]), 1.05)
+    assert torch.equal(v, parts[2])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,8 @@ def test_paged_attention_is_as_exact_as_torchs(
     q = random(sum(spans), heads, head_dim, dtype=dtype) * 2
     start = torch.tensor([0, 1, 41, 58]).int()
     scale = head_dim**-0.5
-    got = ops.paged_attention(q, k_cache, v_cache, tables, start, torch.tensor(lengths).int(), scale)
+    laid_k, laid_v = laid(k_cache, v_cache)
+    got = ops.paged_attention(q, laid_k, laid_v, tables, start, torch.tensor(lengths).int(), scale)
     for s, (own, out) in enumerate(zip(q.split(spans), got.split(spans), strict=True)):
         k, v = (c[tables[s]].flatten(0, 1)[: lengths[s]].transpose(0, 1) for c in (k_cache, v_cache))
         mask = torch.ones(spans[s], lengths[s], dtype=torch.bool).tril(lengths[s] - spans[s])
@@ -180,7 +183,7 @@ def test_attention_to_one_key_is_its_value() -> None:
     k, v = random(2, 1, 8, 1, 16)
     one, start = torch.ones(1, dtype=torch.int32), torch.tensor([0, 1]).int()
     table = torch.zeros(1, 1, dtype=torch.int32)
-    out = ops.paged_attention(random(1, 3, 16), k, v, table, start, one, 1.0)
+    out = ops.paged_attention(random(1, 3, 16), *laid(k, v), table, start, one, 1.0)
     assert torch.equal(out[0], v[0, 0].expand(3, 16))
 
 
@@ -188,7 +191,7 @@ def test_attention_survives_large_scores() -> None:
     k, v = random(2, 2, 8, 1, 16)
     q, start = random(16, 1, 16) * 1e4, torch.tensor([0, 16]).int()
     table = torch.tensor([[0, 1]]).int()
-    out = ops.paged_attention(q, k, v, table, start, torch.tensor([16]).int(), 1.0)
+    out = ops.paged_attention(q, *laid(k, v), table, start, torch.tensor([16]).int(), 1.0)
     mask = torch.ones(16, 16, dtype=torch.bool).tril()
     scores = (q[:, 0].double() @ k.flatten(0, 2).double().t()).masked_fill(~mask, -torch.inf)
     assert relative(out[:, 0], scores.softmax(-1) @ v.flatten(0, 2).double()) <= 1e-5
@@ -214,7 +217,7 @@ def test_float64_stays_float64() -> None:
 def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x, weight = random(5, 20), random(20, seed=1)
     angles = reference.rope_angles(torch.arange(5), torch.ones(8))
-    k, v = random(2, 3, 8, 2, 16)
+    k, v = laid(*random(2, 3, 8, 2, 16))
     table, start = torch.tensor([[0, 1], [2, 0]]).int(), torch.tensor([0, 3, 5]).int()
     lens, layers = torch.tensor([11, 2]).int(), random(2, 2, 3, 8, 2, 16)
     paged = k, v, table, start, lens, 0.25

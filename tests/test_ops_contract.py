@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from kv_caches import laid, plain
 from torch import Tensor
 
 from folo import ops
+from folo.ops import kv_cache
 from folo.ops.packed import Packed, pack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -176,26 +178,29 @@ def test_qk_norm_rope_write_rows_depend_on_themselves_alone(
     slots = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))
 
     def apply(op: Any, rows: list[int]) -> tuple[Tensor, ...]:
-        k, v = torch.zeros((2, -(-ROWS // 8), 8, num_kv_heads, head_dim), dtype=dtype)
+        k, v = laid(*torch.zeros((2, -(-ROWS // 8), 8, num_kv_heads, head_dim), dtype=dtype))
         q = op.qk_norm_rope_write(qkv[rows], angles[rows], q_norm, k_norm, 1e-6, k, v, slots[rows])
-        return q, k.flatten(0, 1)[slots[rows]], v.flatten(0, 1)[slots[rows]]
+        return q, *(part.flatten(0, 1)[slots[rows]] for part in plain(k, v))
 
     check_rows(apply)
 
 
-def test_qk_norm_rope_write_writes_nothing_but_its_slots() -> None:
-    k, v = torch.full((2, 4, 8, 2, 16), torch.nan)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qk_norm_rope_write_writes_nothing_but_its_slots(dtype: torch.dtype) -> None:
+    k, v = laid(*torch.full((2, 4, 8, 2, 16), torch.nan, dtype=dtype))
     slots = torch.tensor([5, -1, 17, -1, 30])
     angles = ops.rope_angles(torch.arange(5), torch.ones(8))
-    ops.qk_norm_rope_write(random(5, 4 * 2 * 16), angles, None, None, 1e-6, k, v, slots)
-    for cache in (k, v):
+    ops.qk_norm_rope_write(random(5, 4 * 2 * 16, dtype=dtype), angles, None, None, 1e-6, k, v, slots)
+    for cache in plain(k, v):
         written = ~cache.flatten(0, 1).flatten(1).isnan().all(-1)
         assert written.nonzero().flatten().tolist() == [5, 17, 30]
 
 
 def test_copy_blocks_copies_whole_blocks_of_every_layer_and_nothing_else() -> None:
     for dtype in DTYPES:
-        k, v = random(2, 3, 9, 8, 2, 16, dtype=dtype)
+        k, v = kv_cache.zeros((3, 9, 8, 2, 16), dtype, torch.device("cpu"))
+        for part in (k, v):
+            part.copy_(random(part.numel(), dtype=dtype).view(part.shape))
         source, target = torch.tensor([7, 0, 7]), torch.tensor([3, 8, 1])
         expected_k, expected_v = k.clone(), v.clone()
         for s, t in zip(source.tolist(), target.tolist(), strict=True):
@@ -233,7 +238,7 @@ Piece = tuple[Context, int, int]
 def attend(pieces: Sequence[Piece], block_size: int = 16, seed: int = 0, op: Any = ops) -> list[Tensor]:
     """Attention of a batch of pieces, their blocks scattered over a heap that is full of garbage.
 
-    A block lies in memory as a whole, or, with every other seed, head by head, as in the engine's heap.
+    Blocks lie one after the other, or, with every other seed, with gaps.
     """
     counts = [-(-end // block_size) for _, _, end in pieces]
     places = torch.randperm(sum(counts) + 5, generator=torch.Generator().manual_seed(seed)) + 1
@@ -242,7 +247,7 @@ def attend(pieces: Sequence[Piece], block_size: int = 16, seed: int = 0, op: Any
     garbage = torch.tensor([torch.nan, torch.inf, -torch.inf, 6e4], dtype=dtype)
     size = (2, len(places) + 1, block_size, *head_shape)
     which = torch.randint(4, size, generator=torch.Generator().manual_seed(seed))
-    k, v = garbage[which] if seed % 2 else garbage[which].transpose(2, 3).contiguous().transpose(2, 3)
+    k, v = garbage[which]
     for row, ((context, _, end), blocks) in enumerate(zip(pieces, places.split([*counts, 5]), strict=False)):
         tables[row, : len(blocks)] = blocks
         for cache, own in ((k, context.k), (v, context.v)):
@@ -253,6 +258,8 @@ def attend(pieces: Sequence[Piece], block_size: int = 16, seed: int = 0, op: Any
     query_start = torch.tensor([0, *spans]).cumsum(0).int()
     q = torch.cat([context.q[start:end] for context, start, end in pieces])
     seq_lens = torch.tensor([end for _, _, end in pieces]).int()
+    k, v = laid(*(part.repeat_interleave(1 + seed % 2, 0) for part in (k, v)))
+    k, v = k[:: 1 + seed % 2], v[:: 1 + seed % 2]
     out = op.paged_attention(q, k, v, tables, query_start, seq_lens, q.shape[-1] ** -0.5)
     return list(out.split(spans))
 
@@ -312,7 +319,7 @@ def test_attention_to_shared_blocks_is_as_if_they_were_not_shared(
     """Sequences that begin with the same blocks may be computed together: nothing may show of it."""
     lengths, spans, shared = [300, 513, 600, 256, 257, 777, 530, 12, 770], [1, 1, 3, 1, 2, 1, 1, 1, 9], 520
     heads, num_kv_heads, head_dim = 6, 2, 32
-    k, v = random(2, 400, num_kv_heads, block_size, head_dim, dtype=dtype).transpose(2, 3)
+    k, v = random(2, 400, block_size, num_kv_heads, head_dim, dtype=dtype)
     width = -(-max(lengths) // block_size)
     tables = torch.arange(1, 1 + len(lengths) * width).view(len(lengths), width) % 400
     tables[:, : shared // block_size] = tables[0, : shared // block_size]
@@ -324,7 +331,7 @@ def test_attention_to_shared_blocks_is_as_if_they_were_not_shared(
         query = torch.cat([q[starts[r] : starts[r + 1]] for r in rows])
         counts = torch.tensor([0, *(spans[r] for r in rows)]).cumsum(0).int()
         lens = torch.tensor([lengths[r] for r in rows]).int()
-        out = ops.paged_attention(query, k, v, tables[list(rows)].int(), counts, lens, head_dim**-0.5)
+        out = ops.paged_attention(query, *laid(k, v), tables[list(rows)].int(), counts, lens, head_dim**-0.5)
         return list(out.split([spans[r] for r in rows]))
 
     alone = [attend([r], tables, k, v)[0] for r in range(len(lengths))]
@@ -344,7 +351,7 @@ def test_attention_to_shared_blocks_is_as_if_they_were_not_shared(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padding_sees_no_key_and_changes_no_row(dtype: torch.dtype) -> None:
     """Sequences of length 0: with a row each, with several, with none."""
-    k, v = (random(4, 8, 2, 64, dtype=dtype, seed=n) for n in range(2))
+    k, v = laid(*(random(4, 8, 2, 64, dtype=dtype, seed=n) for n in range(2)))
     q = random(8, 4, 64, dtype=dtype, seed=2)
     tables = torch.tensor([[1, 2], [3, 0], [0, 0], [0, 0], [0, 0]], dtype=torch.int32)
     start = torch.tensor([0, 2, 3, 4, 4, 8], dtype=torch.int32)

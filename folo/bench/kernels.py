@@ -146,6 +146,7 @@ def _attention(
     import torch
 
     from folo import ops
+    from folo.ops import kv_cache
 
     num_heads, num_kv_heads, head_dim = heads
     blocks = -(-context // _BLOCK_SIZE)
@@ -157,8 +158,8 @@ def _attention(
     q = torch.ones(batch * queries, num_heads, head_dim, dtype=torch.bfloat16)
 
     def call() -> Callable[[], object]:
-        size = (2, num_kv_heads, batch * blocks, _BLOCK_SIZE, head_dim)
-        k, v = torch.ones(size, dtype=torch.bfloat16).permute(0, 2, 3, 1, 4)  # as the heap has them
+        shape = (1, batch * blocks, _BLOCK_SIZE, num_kv_heads, head_dim)
+        (k,), (v,) = (part.fill_(1) for part in kv_cache.zeros(shape, torch.bfloat16, torch.device("cpu")))
         pages = (
             torch.randperm(batch * blocks, generator=numbers) if scattered else torch.arange(batch * blocks)
         )

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from folo.ops import kv_cache
 from folo.ops.quantized import placed, stored
 from folo.ops.reduce import row_sum
 
@@ -159,15 +160,13 @@ def qk_norm_rope_write(
 ) -> Tensor:
     """`qk_norm_rope`, with k and v written to the caches; returns q `[T, Hq, E]`.
 
-    caches `[num_blocks, block_size, Hkv, E]`, of any strides with E innermost; slots int64 `[T]`:
-    block * block_size + offset, or negative for a padding row, which is written nowhere.
+    caches of one layer, `[num_blocks, block_size, Hkv, ...]` as `folo.ops.kv_cache` lays them; slots int64
+    `[T]`: block * block_size + offset, or negative for a padding row, which is written nowhere.
     """
-    q, k, v = qk_norm_rope(qkv, angles, q_norm, k_norm, eps, k_cache.shape[-2])
+    q, k, v = qk_norm_rope(qkv, angles, q_norm, k_norm, eps, k_cache.shape[2])
     live = slots >= 0
     size = k_cache.shape[1]
-    block, offset = slots[live] // size, slots[live] % size
-    k_cache[block, offset] = k[live]
-    v_cache[block, offset] = v[live]
+    kv_cache.write(k_cache, v_cache, slots[live] // size, slots[live] % size, k[live], v[live])
     return q
 
 
@@ -203,7 +202,7 @@ def paged_attention(
     if tiles is None:
         return q.new_empty(q.shape)
     rows, tile_sequence, position, unsort = tiles
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    (block_size, num_kv_heads), head_dim = k_cache.shape[1:3], q.shape[-1]
     last = position.amax(-1)
     top = position.new_full(position.shape, -torch.inf, dtype=rows.dtype)[:, None].expand(rows.shape[:-1])
     total, acc = torch.zeros_like(rows[..., 0]), torch.zeros_like(rows)
@@ -214,10 +213,11 @@ def paged_attention(
         inside = keys < seq_lens[:, None]
         block = torch.where(inside, block_tables[:, column].long(), 0)
         offset = torch.where(inside, keys % block_size, 0)
+        keys_of, values_of = kv_cache.read(k_cache, v_cache, block, offset)
         # What lies beyond a sequence's end is of others: masked here so that 0 * it is 0.
-        values = torch.where(inside[..., None, None], v_cache[block, offset], 0)
-        k_tile = _by_head(k_cache[block, offset])[tile_sequence[:n]]
-        v_tile = _by_head(values)[tile_sequence[:n]]
+        values_of = torch.where(inside[..., None, None], values_of, 0)
+        k_tile = _by_head(keys_of)[tile_sequence[:n]]
+        v_tile = _by_head(values_of)[tile_sequence[:n]]
         scores = _batched(rows[:n], k_tile.transpose(-1, -2)) * scale
         visible = keys <= position[:n, None, :, None]
         scores = torch.where(visible, scores, -torch.inf)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from folo.errors import OutOfBlocksError
-from folo.ops.memory import mapped
+from folo.ops import kv_cache
 
 
 class Content(NamedTuple):
@@ -48,10 +48,8 @@ class Block:
 class KVHeap:
     """Preallocated K and V blocks at fixed addresses, and the list of the free ones.
 
-    `k` and `v`: `[num_layers, num_blocks, block_size, num_kv_heads, head_dim]`, zero at first, so
-    that no kernel ever meets a NaN that nobody wrote. In memory all that a head has lies together,
-    block after block: attention reads one head at a time, and a sequence's blocks mostly follow each
-    other, which a CPU that looks ahead makes use of.
+    `k` and `v`: `[num_layers, num_blocks, ...]`, as `folo.ops.kv_cache` lays them; zero at first, so that no
+    kernel ever meets a NaN that nobody wrote.
     """
 
     def __init__(
@@ -60,10 +58,7 @@ class KVHeap:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        layers, blocks, block_size, heads, head_dim = shape
-        by_head = (layers, heads, blocks, block_size, head_dim)
-        self.k = _zeros(by_head, dtype, device).permute(0, 2, 3, 1, 4)
-        self.v = _zeros(by_head, dtype, device).permute(0, 2, 3, 1, 4)
+        self.k, self.v = kv_cache.zeros(shape, dtype, device)
         self.num_blocks = shape[1]
         self._free = list(range(shape[1] - 1, -1, -1))  # last in, first out: warm blocks are reused
 
@@ -80,8 +75,16 @@ class KVHeap:
         except IndexError:
             raise OutOfBlocksError(f"all {self.num_blocks} blocks of the KV heap are in use") from None
 
+    def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of whole blocks, indices int64 `[B]` -> `[num_layers, B, block_size, heads, head_dim]`."""
+        layers = [kv_cache.read(k, v, *self._slots(blocks)) for k, v in zip(self.k, self.v, strict=True)]
+        k, v = zip(*layers, strict=True)
+        return torch.stack(k), torch.stack(v)
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return mapped(shape, dtype)
+    def write(self, blocks: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put there what `read` gave."""
+        for layer in zip(self.k, self.v, k, v, strict=True):
+            kv_cache.write(*layer[:2], *self._slots(blocks), *layer[2:])
+
+    def _slots(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        return blocks[:, None], torch.arange(self.k.shape[2], device=blocks.device)

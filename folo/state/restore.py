@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -166,8 +167,8 @@ def _housed(state: EngineState, tensors: Mapping[str, Tensor]) -> EngineState:
     for block, stand_in in zip(blocks, stand_ins, strict=True):
         block.claimed, block.content = stand_in.claimed, stand_in.content
     numbers, places = [block.index for block in stand_ins], [block.index for block in blocks]
-    for name, target in (("k", state.heap.k), ("v", state.heap.v)):
-        target[:, places] = tensors[name][:, numbers].to(target.device)
+    k, v = (tensors[name][:, numbers].to(state.heap.k.device) for name in ("k", "v"))
+    state.heap.write(torch.tensor(places, dtype=torch.int64, device=k.device), k, v)
     home = dict(zip(numbers, blocks, strict=True))
     tables = (BlockTable.of(tuple(home[block.index] for block in s.table.blocks)) for s in state.running)
     running = tuple(evolve(s, table=table) for s, table in zip(state.running, tables, strict=True))

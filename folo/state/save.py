@@ -38,7 +38,7 @@ from folo.ops.arithmetic import arithmetic
 from folo.state.document import describe, sequences_of
 from folo.state.engine import EngineState
 from folo.state.flight import landed
-from folo.state.heap import Block
+from folo.state.heap import Block, KVHeap
 from folo.state.pool import DIGEST_SIZE
 
 FORMAT, VERSION = "folo-state", "1"
@@ -109,8 +109,7 @@ def _tensors(state: EngineState) -> dict[str, Tensor]:
     empty = torch.arange(size)[None, :] >= num_filled[:, None]
     document = json.dumps(describe(state)).encode()
     return {
-        "k": _gather(state.heap.k, indices, empty),
-        "v": _gather(state.heap.v, indices, empty),
+        **_gather(state.heap, indices, empty),
         **_ragged("tokens", "token_start", [s.tokens[:] for s in sequences], np.int64),
         **_ragged("tables", "table_start", tables, np.int32),
         "filled": num_filled,
@@ -119,9 +118,11 @@ def _tensors(state: EngineState) -> dict[str, Tensor]:
     }
 
 
-def _gather(heap: Tensor, indices: Tensor, empty: Tensor) -> Tensor:
-    blocks = heap[:, indices.to(heap.device)].cpu().contiguous()
-    return blocks.masked_fill_(empty[None, :, :, None, None], 0)
+def _gather(heap: KVHeap, indices: Tensor, empty: Tensor) -> dict[str, Tensor]:
+    k, v = (part.cpu() for part in heap.read(indices.to(heap.k.device)))
+    for part in (k, v):
+        part.masked_fill_(empty[None, :, :, None, None], 0)
+    return {"k": k, "v": v}
 
 
 def _ragged(name: str, start: str, lists: list[list[int]], dtype: Any) -> dict[str, Tensor]:

@@ -55,10 +55,11 @@ struct SiluMul {
   int64_t m, n;
 };
 
-// The K and V caches are [blocks, block_size, num_kv_heads, head_dim] with head_dim innermost: where the rest
-// lies, in elements.
+// K and V of a head in a block, in units of 4 bytes, each one element or two: K is [head_dim / per][block_size], with
+// a unit of `per` elements of one key, V [block_size / per][head_dim], with one element each of `per` keys
+// (folo/ops/kv_cache.py). Where a block and a head begin, in units:
 struct Strides {
-  int64_t block, slot, head;
+  int64_t k_block, k_head, v_block, v_head;
 };
 
 struct Rope {
@@ -66,7 +67,7 @@ struct Rope {
   const void* qkv;             // [t, (num_heads + 2 num_kv_heads) head_dim]
   const float* angles;         // [t, head_dim]: cosines, sines
   const void *q_norm, *k_norm;  // [head_dim], or null
-  void *k_cache, *v_cache;
+  uint32_t *k_cache, *v_cache;
   Strides strides;
   int64_t block_size;
   const int64_t* slots;        // [t]: block * block_size + offset; negative: written nowhere
@@ -78,7 +79,7 @@ struct Rope {
 struct Attention {
   Dtype dtype;
   const void* q;                    // [t, num_heads, head_dim]
-  const void *k_cache, *v_cache;
+  const uint32_t *k_cache, *v_cache;
   Strides strides;
   const int32_t* block_tables;      // [sequences, table_width]
   const int32_t *query_start, *seq_lens;

@@ -209,11 +209,22 @@ Tensor silu_mul(const Tensor& gate_up) {
   return out;
 }
 
-Strides strides_of(const Tensor& k_cache, const Tensor& v_cache) {
-  TORCH_CHECK(k_cache.strides() == v_cache.strides() && k_cache.stride(3) == 1,
-              "the K and V caches lie alike in memory, with head_dim innermost");
-  return {k_cache.stride(0), k_cache.stride(1), k_cache.stride(2)};
+// Where blocks and heads begin, in units of 4 bytes, of caches as folo/ops/kv_cache.py lays them.
+Strides strides_of(const Tensor& k, const Tensor& v) {
+  const int64_t per = 4 / k.element_size(), size = k.size(1), dim = v.size(v.dim() - 1);
+  const auto lie = [](const Tensor& x, at::IntArrayRef inner) {  // as these do, blocks and heads anywhere
+    for (int64_t i = 0; i < x.dim(); ++i)
+      if (inner[size_t(i)] && x.size(i) > 1 && x.stride(i) != inner[size_t(i)]) return false;
+    return true;
+  };
+  const bool alike = per == 2 ? k.dim() == 5 && v.dim() == 5 && lie(k, {0, 2, 0, 2 * size, 1}) &&
+                                    lie(v, {0, 2 * dim, 1, 0, 2})
+                              : k.dim() == 4 && v.dim() == 4 && lie(k, {0, 1, 0, size}) && lie(v, {0, dim, 0, 1});
+  TORCH_CHECK(alike, "K and V lie as folo.ops.kv_cache.zeros lays them, not in ", k.sizes(), " by ", k.strides());
+  return {k.stride(0) / per, k.stride(2) / per, v.stride(0) / per, v.stride(v.dim() - 2) / per};
 }
+
+uint32_t* units(const Tensor& cache) { return static_cast<uint32_t*>(cache.mutable_data_ptr()); }
 
 Tensor qk_norm_rope_write(const Tensor& qkv, const Tensor& angles, const Maybe& q_norm, const Maybe& k_norm,
                           double eps, Tensor k_cache, Tensor v_cache, const Tensor& slots) {
@@ -229,7 +240,7 @@ Tensor qk_norm_rope_write(const Tensor& qkv, const Tensor& angles, const Maybe& 
   Tensor q = at::empty({t, heads, d}, rows.options());
   kernels->rope({dtype_of(rows), rows.const_data_ptr(), turns.const_data_ptr<float>(),
                  normed ? q_norm->const_data_ptr() : nullptr, normed ? k_norm->const_data_ptr() : nullptr,
-                 k_cache.data_ptr(), v_cache.data_ptr(), strides_of(k_cache, v_cache), k_cache.size(1),
+                 units(k_cache), units(v_cache), strides_of(k_cache, v_cache), k_cache.size(1),
                  places.const_data_ptr<int64_t>(), q.data_ptr(), t, heads, kv, d, float(eps)});
   return q;
 }
@@ -245,7 +256,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   TORCH_CHECK(tables.scalar_type() == at::kInt && starts.scalar_type() == at::kInt && lens.scalar_type() == at::kInt,
               "block_tables, query_start and seq_lens are int32");
   Tensor out = at::empty_like(rows);
-  kernels->attention({dtype_of(q), rows.const_data_ptr(), k_cache.const_data_ptr(), v_cache.const_data_ptr(),
+  kernels->attention({dtype_of(q), rows.const_data_ptr(), units(k_cache), units(v_cache),
                       strides_of(k_cache, v_cache), tables.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(),
                       lens.const_data_ptr<int32_t>(), out.data_ptr(), lens.size(0), tables.size(1), k_cache.size(1),
                       q.size(1), k_cache.size(2), q.size(2), float(scale)});

@@ -1,5 +1,9 @@
 // Norms of each head of q and k where the model has them, rotation (half-split layout), and k and v to their
 // slots: one pass over each token.
+#include <omp.h>
+
+#include <vector>
+
 #include "kernels.h"
 #include "rows.h"
 #include "simd.h"
@@ -38,7 +42,9 @@ void rotate(const T* x, const T* weight, const float* angles, int64_t d, float e
 
 template <typename T>
 void rope_of(const Rope& a) {
+  constexpr int64_t kPer = 4 / int64_t(sizeof(T));
   const int64_t d = a.head_dim, kv = a.num_kv_heads * d, width = a.num_heads * d + 2 * kv;
+  std::vector<T> rows(size_t(d * omp_get_max_threads()));
 #pragma omp parallel for schedule(static) if (many(a.t, width))
   for (int64_t token = 0; token < a.t; ++token) {
     const T* from = static_cast<const T*>(a.qkv) + token * width;
@@ -49,10 +55,15 @@ void rope_of(const Rope& a) {
     if (a.slots[token] < 0) continue;
     const T* k = from + a.num_heads * d;
     const int64_t block = a.slots[token] / a.block_size, offset = a.slots[token] % a.block_size;
-    int64_t place = block * a.strides.block + offset * a.strides.slot;
-    for (int64_t h = 0; h < a.num_kv_heads; ++h, place += a.strides.head) {
-      rotate(k + h * d, static_cast<const T*>(a.k_norm), angles, d, a.eps, static_cast<T*>(a.k_cache) + place);
-      std::memcpy(static_cast<T*>(a.v_cache) + place, k + kv + h * d, size_t(d) * sizeof(T));
+    T* row = rows.data() + omp_get_thread_num() * d;
+    T* k_to = reinterpret_cast<T*>(a.k_cache + block * a.strides.k_block) + offset * kPer;
+    T* v_to = reinterpret_cast<T*>(a.v_cache + block * a.strides.v_block + offset / kPer * d) + offset % kPer;
+    for (int64_t h = 0; h < a.num_kv_heads; ++h) {
+      rotate(k + h * d, static_cast<const T*>(a.k_norm), angles, d, a.eps, row);
+      for (int64_t i = 0; i < d; i += kPer) std::memcpy(k_to + i * a.block_size, row + i, kPer * sizeof(T));
+      for (int64_t i = 0; i < d; ++i) v_to[i * kPer] = k[kv + h * d + i];
+      k_to += a.strides.k_head * kPer;
+      v_to += a.strides.v_head * kPer;
     }
   }
 }

@@ -19,6 +19,49 @@ struct Singles {
   static Float row(X x) { return all(x); }
   static Float step(Float sum, Float w, Float x) { return fma(w, x, sum); }
 };
+// A pair of 16-bit elements at a time: one product after the other, in float32.
+template <typename Stored>
+struct Split {
+  struct Both {
+    Float even, odd;
+  };
+  using T = Stored;
+  struct X {
+    float even, odd;
+  };
+  using W = uint32_t;
+  static Both columns(const W* w) { return split(w, Stored{}); }
+  static Both row(X x) { return {all(x.even), all(x.odd)}; }
+  static Float step(Float sum, Both w, Both x) { return fma(w.odd, x.odd, fma(w.even, x.even, sum)); }
+
+ private:
+#ifdef __AVX512F__
+  static Both split(const W* w, bf16) {
+    __m512i pairs = _mm512_loadu_si512(w), high = _mm512_set1_epi32(int(0xFFFF0000));
+    return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},
+            {_mm512_castsi512_ps(_mm512_and_si512(pairs, high))}};
+  }
+  static Both split(const W* w, fp16) {
+    __m512i pairs = _mm512_loadu_si512(w);
+    return {widen(_mm512_cvtepi32_epi16(pairs), fp16{}),
+            widen(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)), fp16{})};
+  }
+#else
+  static Both split(const W* w, bf16) {
+    __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+    __m256i high = _mm256_set1_epi32(int(0xFFFF0000));
+    return {{_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))},
+            {_mm256_castsi256_ps(_mm256_and_si256(pairs, high))}};
+  }
+  static Both split(const W* w, fp16) {
+    __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+    __m256i low = _mm256_and_si256(pairs, _mm256_set1_epi32(0xFFFF)), high = _mm256_srli_epi32(pairs, 16);
+    __m256i parted = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0b11011000);
+    return {widen(_mm256_castsi256_si128(parted), fp16{}), widen(_mm256_extracti128_si256(parted, 1), fp16{})};
+  }
+#endif
+};
+
 #if defined(FOLO_AVX512_BF16) || defined(FOLO_AMX)
 struct Pairs {
   using T = bf16;
@@ -31,30 +74,7 @@ struct Pairs {
   }
 };
 #else
-struct Pairs {
-  struct Both {
-    Float even, odd;
-  };
-  using T = bf16;
-  struct X {
-    float even, odd;
-  };
-  using W = uint32_t;
-  static Both columns(const W* w) {
-#ifdef __AVX512F__
-    __m512i pairs = _mm512_loadu_si512(w), high = _mm512_set1_epi32(int(0xFFFF0000));
-    return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},
-            {_mm512_castsi512_ps(_mm512_and_si512(pairs, high))}};
-#else
-    __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-    __m256i high = _mm256_set1_epi32(int(0xFFFF0000));
-    return {{_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))},
-            {_mm256_castsi256_ps(_mm256_and_si256(pairs, high))}};
-#endif
-  }
-  static Both row(X x) { return {all(x.even), all(x.odd)}; }
-  static Float step(Float sum, Both w, Both x) { return fma(w.odd, x.odd, fma(w.even, x.even, sum)); }
-};
+using Pairs = Split<bf16>;
 #endif
 
 constexpr int kVectors = kTile / kLanes;        // of a tile

@@ -24,11 +24,12 @@
 
 namespace folo::FOLO_ISA {
 
-constexpr int kScoreGroups = 2;                 // vectors of keys that a block of rows is scored against
+constexpr int kGroup = 16;                      // keys that lie side by side
 constexpr int kScoreStride = kKeys + 16;        // from row to row: not a power of two, or they share cache lines
 constexpr int kWeightStride = kKeys + 32;
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr int kScoreRows = kLanes == 16 ? 8 : 4;
+constexpr int kScoreRows = kLanes == 16 ? 8 : 4;  // of a block, which is scored against two vectors of keys
+constexpr int kFewRows = kScoreRows / 2;          // against four: sums enough to keep a core busy
 constexpr int kValueRows = kLanes == 16 ? 6 : 3;
 constexpr int kValueVectors = 4;                // of the head dimension that a block of rows sums at once
 constexpr float kNone = -std::numeric_limits<float>::infinity();
@@ -44,18 +45,21 @@ struct Part {
 template <typename T>
 class Worker {
   using A = Arithmetic<T>;
-  using Unit = typename A::Unit;
+  using X = typename A::X;
+  static constexpr int kPer = A::kPer;
 
  public:
   explicit Worker(const Attention& a)
       : a_(a),
         group_(a.num_heads / a.num_kv_heads),
         width_(padded(a.head_dim)),
-        depth_(padded((a.head_dim + A::kPer - 1) / A::kPer)) {
+        depth_(kTiles ? padded(a.head_dim / kPer) : a.head_dim / kPer),
+        keys_direct_(a.block_size % kGroup == 0 && depth_ * kPer == a.head_dim),
+        values_direct_(a.block_size % kPer == 0 && width_ == a.head_dim) {
     take();
     scratch_.allocate();
     take();
-    std::memset(static_cast<void*>(blank_), 0, size_t(depth_ * A::kPer) * sizeof(T));
+    std::fill_n(blank_, width_, 0);
   }
 
   Part own() const { return own_; }
@@ -70,13 +74,9 @@ class Worker {
       for (int64_t row = m->first; row < m->first + m->rows; ++row, ++r) {
         row_place_[r] = ((begin + row / group_) * a_.num_heads + tile.head * group_ + row % group_) * a_.head_dim;
         position_[r] = a_.seq_lens[m->sequence] - tokens + row / group_;
-        Unit* to = queries_ + r * depth_;
-        for (int64_t i = 0; i < depth_; ++i) to[i] = 0;
-        if constexpr (A::kPer == 2) {
-          std::memcpy(to, q + row_place_[r], size_t(a_.head_dim) * sizeof(T));
-        } else {
-          for (int64_t i = 0; i < a_.head_dim; ++i) to[i] = folo::widen(q[row_place_[r] + i]);
-        }
+        auto* to = reinterpret_cast<Element*>(queries_ + r * depth_);
+        for (int64_t i = 0; i < depth_ * kPer; ++i)
+          to[i] = i < a_.head_dim ? element(q[row_place_[r] + i]) : Element{};
       }
     }
     std::fill_n(sum_.top, tile.rows, kNone);
@@ -90,16 +90,14 @@ class Worker {
     const int64_t start = span.number * kKeys;
     const int64_t first = std::lower_bound(position_ + span.begin, position_ + span.end, start) - position_;
     const int count = int(span.count);
-    locate(span, tile_.head, place_);
-    coming_ = next ? int(next->count) : 0;
-    fetched_ = 0;
-    if (next) locate(*next, next_head, next_place_);
+    locate(span, tile_.head, keys_direct_, here_);
+    if (!keys_direct_) copy_keys(span);
+    coming_ = next && keys_direct_ && values_direct_ ? int(next->count) : 0;
+    if (coming_) locate(*next, next_head, true, next_);
     score(first, span.end, count);
-    for (int64_t r = first; r < span.end; ++r) {
-      fetch_keys(int(coming_ / 2 * (r + 1 - first) / (span.end - first)));
+    for (int64_t r = first; r < span.end; ++r)
       weigh(r, int(std::min<int64_t>(kKeys, position_[r] + 1 - start)), count, to);
-    }
-    value(first, span.end, count, to);
+    value(span, first, to);
     return first;
   }
 
@@ -145,76 +143,110 @@ class Worker {
  private:
   static constexpr int kTops = kQueries + kLanes;  // whole vectors from any row on
 
+#ifdef FOLO_AMX
+  static constexpr bool kTiles = kPer == 2 && std::is_same_v<X, uint32_t>;  // products are those of AMX
+#else
+  static constexpr bool kTiles = false;
+#endif
+  using Element = std::conditional_t<std::is_same_v<X, uint32_t>, bf16, float>;  // of a query row
+
+  static Element element(T x) {
+    if constexpr (std::is_same_v<Element, T>) return x;
+    else return folo::widen(x);
+  }
+
+  // Where the keys of a span lie: K of kGroup keys together, side by side, and V of kPer keys.
+  struct Places {
+    const uint32_t* keys[kKeys / kGroup];
+    const uint32_t* values[kKeys / kPer];
+  };
+
   void take() {
-    queries_ = scratch_.take<Unit>(kQueries * depth_);
+    queries_ = scratch_.take<X>(kQueries * depth_);
     position_ = scratch_.take<int64_t>(kQueries);
     row_place_ = scratch_.take<int64_t>(kQueries);
-    blank_ = scratch_.take<T>(depth_ * A::kPer);
-    place_ = scratch_.take<int64_t>(kKeys);
-    next_place_ = scratch_.take<int64_t>(kKeys);
-    keys_ = scratch_.take<float>(depth_ * kScoreGroups * kLanes);
+    blank_ = scratch_.take<uint32_t>(width_);
+    last_ = scratch_.take<uint32_t>(width_);
+    if (!keys_direct_) keys_ = scratch_.take<uint32_t>(kKeys * depth_);
+    if (kTiles || !values_direct_) values_ = scratch_.take<uint32_t>(kKeys / kPer * width_);
     scores_ = scratch_.take<float>(kQueries * kScoreStride);
-    weights_ = scratch_.take<typename A::Weight>(kQueries * kWeightStride);
-    values_ = scratch_.take<float>(kKeys / A::kPer * width_);
+    weights_ = scratch_.take<Element>(kQueries * kWeightStride);
     own_ = part_at(scratch_.take<float>(floats_of_part()));
     sum_ = part_at(scratch_.take<float>(floats_of_part()));
   }
 
-  // Where the keys of a span lie, in elements from the start of the caches.
-  void locate(const Span& span, int64_t head, int64_t* place_of) const {
-    const int64_t start = span.number * kKeys, count = span.count;
+  // f(key of the span, block, slot) for each of its keys at which a block begins, and the first; the keys to the
+  // next one.
+  template <typename F>
+  void in_pieces(const Span& span, F&& f) const {
+    const int64_t start = span.number * kKeys;
     const int32_t* table = a_.block_tables + span.sequence * a_.table_width + start / a_.block_size;
+    for (int64_t j = 0, slot = start % a_.block_size, run; j < span.count; j += run, slot = 0, ++table) {
+      run = std::min(span.count - j, a_.block_size - slot);
+      f(j, *table, slot, run);
+    }
+  }
+
+  void locate(const Span& span, int64_t head, bool keys, Places& places) const {
     const auto& strides = a_.strides;
-    int64_t offset = start % a_.block_size;
-    for (int64_t j = 0; j < count; offset = 0, ++table) {
-      int64_t place = *table * strides.block + offset * strides.slot + head * strides.head;
-      for (const int64_t end = std::min(count, j + a_.block_size - offset); j < end; ++j, place += strides.slot)
-        place_of[j] = place;
-    }
+    in_pieces(span, [&](int64_t j, int64_t block, int64_t slot, int64_t run) {
+      const uint32_t* k = a_.k_cache + block * strides.k_block + head * strides.k_head + slot;
+      for (int64_t i = 0; keys && i < run; i += kGroup) places.keys[(j + i) / kGroup] = k + i;
+      const uint32_t* v = a_.v_cache + block * strides.v_block + head * strides.v_head + slot / kPer * a_.head_dim;
+      for (int64_t i = 0; i < run; i += kPer) places.values[(j + i) / kPer] = v + i / kPer * a_.head_dim;
+    });
   }
 
-  static constexpr int64_t kLine = 64 / int64_t(sizeof(T));  // of a cache, in elements
-
-  // A line of K or V to come. Heads lie apart: no prefetcher of the CPU follows them far.
-  static void fetch(const void* cache, int64_t at) {
-    _mm_prefetch(static_cast<const char*>(cache) + at * int64_t(sizeof(T)), _MM_HINT_T1);
+  // K of a span whose keys do not lie in whole groups, or not deep enough for a tile.
+  void copy_keys(const Span& span) {
+    std::fill_n(keys_, kKeys * depth_, 0);
+    in_pieces(span, [&](int64_t j, int64_t block, int64_t slot, int64_t run) {
+      const uint32_t* k = a_.k_cache + block * a_.strides.k_block + tile_.head * a_.strides.k_head + slot;
+      for (int64_t u = 0; u < a_.head_dim / kPer; ++u, k += a_.block_size)
+        for (int64_t i = 0; i < run; ++i) keys_[((j + i) / kGroup * depth_ + u) * kGroup + (j + i) % kGroup] = k[i];
+    });
+    for (int g = 0; g < kKeys / kGroup; ++g) here_.keys[g] = keys_ + g * depth_ * kGroup;
   }
 
-  // The next span's keys up to one of them: as many as there is work for in the meantime.
-  void fetch_keys(int end) {
-    for (; fetched_ < end; ++fetched_)
-      for (int64_t e = 0; e < a_.head_dim; e += kLine) fetch(a_.k_cache, next_place_[fetched_] + e);
-  }
-
-  // Scores of rows [first, end) with keys 0 to `count`, which take their places in lanes.
+  // Scores of rows [first, end) with keys 0 to `count`; those of others in the same vectors are anything.
   void score(int64_t first, int64_t end, int count) {
-    constexpr int kStep = kScoreGroups * kLanes;
-    for (int j = 0; j < count; j += kStep) {
-      for (int g = 0; g < kScoreGroups; ++g) pack_keys(j + g * kLanes, count, keys_ + g * kLanes);
-      products<kScoreRows, kScoreGroups>(first, end, queries_, depth_, keys_, kStep, depth_, scores_ + j, kScoreStride);
+    if (kTiles || end - first > kFewRows) {
+      score_by<kScoreRows, 2>(first, end, count);
+    } else {
+      score_by<kFewRows, 4>(first, end, count);
     }
   }
 
-  // kLanes keys from `from` on, side by side: `to` [depth][kStep]. Zero for those from `count` on.
-  void pack_keys(int from, int count, float* to) const {
-    const int64_t units = (a_.head_dim + A::kPer - 1) / A::kPer;
-    const T* lines[kLanes];
-    for (int i = 0; i < kLanes; ++i)
-      lines[i] = from + i < count ? static_cast<const T*>(a_.k_cache) + place_[from + i] : blank_;
-    for (int64_t e = 0; e < depth_; e += kLanes) {
-      const int take = int(std::clamp<int64_t>(units - e, 0, kLanes));
-      Float rows[kLanes];
-      if (take == kLanes) {
-        for (int i = 0; i < kLanes; ++i) rows[i] = A::unit(lines[i] + e * A::kPer);
-      } else {
-        for (int i = 0; i < kLanes; ++i) rows[i] = A::unit(lines[i] + e * A::kPer, take);
+  template <int R, int C>
+  void score_by(int64_t first, int64_t end, int count) {
+    const int64_t stride = keys_direct_ ? a_.block_size : kGroup;
+    const int groups = (count + kGroup - 1) / kGroup, coming = (coming_ + kGroup - 1) / kGroup;
+    for (int j = 0; j < count; j += C * kLanes) {
+      const uint32_t *columns[C], *ahead[C];
+      for (int c = 0; c < C; ++c) {
+        const int key = j + c * kLanes, group = std::min(key / kGroup, groups - 1);
+        columns[c] = here_.keys[group] + key % kGroup;
+        ahead[c] = coming ? next_.keys[std::min(group, coming - 1)] : columns[c];
       }
-      // Their values, a little at a time: a CPU waits where many lines are asked for at once.
-      for (int i = 0; i < kLanes; ++i) fetch(a_.v_cache, place_[std::min(from + i, count - 1)] + e * A::kPer);
-      transpose(rows);
-      for (int i = 0; i < kLanes; ++i) store(to + (e + i) * kScoreGroups * kLanes, rows[i]);
+      if constexpr (kTiles) {
+        for (int64_t u = 0; u < depth_; ++u)
+          for (int c = 0; c < C; ++c) fetch(ahead[c] + u * stride);
+        tiles(first, end, queries_, depth_, columns[0], columns[1], stride, depth_, scores_ + j, kScoreStride);
+      } else {
+        products<R, C>(first, end, queries_, depth_, depth_, scores_ + j, kScoreStride,
+                       [&](int64_t row, int64_t u, int c) {
+          fetch((row == first ? ahead[c] : columns[c]) + u * stride);
+          return columns[c] + u * stride;
+        });
+      }
     }
+    for (int g = groups; g < coming; ++g)
+      for (int64_t u = 0; u < depth_; ++u) fetch(next_.keys[g] + u * stride);
   }
+
+  // What the next span is to find in cache. Each line is asked for where there is work in the meantime, one for each
+  // vector that is multiplied: a CPU waits where many are asked for at once.
+  static void fetch(const uint32_t* line) { _mm_prefetch(line, _MM_HINT_T1); }
 
   // Whole vectors of keys: those beyond `count` have weight 0 and value 0.
   static int whole_of(int count) { return (count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
@@ -222,7 +254,7 @@ class Worker {
   // A row's softmax over the keys that it sees; the others up to `count` have weight 0.
   void weigh(int64_t r, int visible, int count, Part to) {
     float* scores = scores_ + r * kScoreStride;
-    typename A::Weight* weights = weights_ + r * kWeightStride;
+    Element* weights = weights_ + r * kWeightStride;
     const int whole = whole_of(count);
     for (int j = visible; j < whole; ++j) scores[j] = kNone;
     const Float scale = all(a_.scale * kLog2E);
@@ -233,90 +265,101 @@ class Worker {
     for (int j = 0; j < whole; j += 2 * kLanes) {
       const Float low = exp2(load(scores + j) * scale - top), high = exp2(load(scores + j + kLanes) * scale - top);
       total = total + low + high;
-      A::weights(weights + j, low, high);
+      store_pair(weights + j, low, high);
     }
     to.top[r] = largest(tops);
     to.total[r] = sum(total);
   }
 
-  void value(int64_t first, int64_t end, int count, Part to) {
-    pack_values(count);
-    const int64_t units = whole_of(count) / A::kPer;
-    const Unit* weights = reinterpret_cast<const Unit*>(weights_);
-    for (int64_t e = 0; e < width_; e += kValueVectors * kLanes) {
-      in_blocks<kValueVectors>(e / kLanes, std::min(e / kLanes + kValueVectors, width_ / kLanes),
-                               [&](auto vectors, int64_t at) {
-        products<kValueRows, decltype(vectors)::value>(first, end, weights, kWeightStride / A::kPer,
-                                                       values_ + at * kLanes, width_, units,
-                                                       to.sums + at * kLanes, width_);
-      });
+  void value(const Span& span, int64_t first, Part to) {
+    const int count = int(span.count), units = (count + kPer - 1) / kPer, coming = (coming_ + kPer - 1) / kPer;
+    if (!values_direct_) {
+      copy_values(span);
+    } else if (count % kPer) {  // the other half of the last unit is a key's that nobody sees
+      for (int64_t i = 0; i < width_; ++i) last_[i] = here_.values[units - 1][i] & 0xFFFF;
+      here_.values[units - 1] = last_;
     }
+    const X* weights = reinterpret_cast<const X*>(weights_);
+    constexpr int64_t kStride = kWeightStride / kPer;
+    if constexpr (kTiles) {
+      const int whole = int(padded(units));
+      for (int u = 0; u < whole && values_direct_; ++u) {
+        std::memcpy(values_ + u * width_, u < units ? here_.values[u] : blank_, size_t(width_) * 4);
+        for (int64_t i = 0; u < coming && i < width_; i += kGroup) fetch(next_.values[u] + i);
+      }
+      for (int64_t e = 0; e < width_; e += 2 * kGroup)
+        tiles(first, span.end, weights, kStride, values_ + e, e + kGroup < width_ ? values_ + e + kGroup : nullptr,
+              width_, whole, to.sums + e, width_);
+    } else {
+      for (int64_t e = 0; e < width_; e += kValueVectors * kLanes) {
+        in_blocks<kValueVectors>(e / kLanes, std::min(e / kLanes + kValueVectors, width_ / kLanes),
+                                 [&](auto vectors, int64_t at) {
+          products<kValueRows, decltype(vectors)::value>(first, span.end, weights, kStride, units,
+                                                         to.sums + at * kLanes, width_,
+                                                         [&](int64_t row, int64_t u, int c) {
+            const uint32_t* from = here_.values[u];
+            fetch((row == first && coming ? next_.values[std::min(int(u), coming - 1)] : from) + (at + c) * kLanes);
+            return from + (at + c) * kLanes;
+          });
+        });
+      }
+    }
+    for (int u = units; u < coming; ++u)
+      for (int64_t i = 0; i < width_; i += kGroup) fetch(next_.values[u] + i);
   }
 
-  void pack_values(int count) {
-    const T* v = static_cast<const T*>(a_.v_cache);
-    const int units = (count + A::kPer - 1) / A::kPer;
-    for (int u = 0; u < units; ++u) {
-      fetch_keys(coming_ / 2 + (u + 1) * (coming_ - coming_ / 2) / units);
-      int64_t e = 0;
-      if constexpr (A::kPer == 2) {
-        const T* second = 2 * u + 1 < count ? v + place_[2 * u + 1] : nullptr;
-        for (; e + 2 * kLanes <= a_.head_dim; e += 2 * kLanes)
-          A::values(v + place_[2 * u] + e, second ? second + e : nullptr, values_ + u * width_ + e);
-      }
-      for (; e < width_; e += kLanes) {
-        int take = int(std::clamp<int64_t>(a_.head_dim - e, 0, kLanes));
-        Float values;
-        if constexpr (A::kPer == 2) {
-          const T* second = 2 * u + 1 < count ? v + place_[2 * u + 1] + e : nullptr;
-          values = A::values(v + place_[2 * u] + e, second, take);
-        } else {
-          values = A::values(v + place_[u] + e, take);
-        }
-        store(values_ + u * width_ + e, values);
-      }
-    }
-    std::fill(values_ + units * width_, values_ + whole_of(count) / A::kPer * width_, 0.0f);
+  // V of a span whose keys do not lie in whole units, or rows in whole vectors.
+  void copy_values(const Span& span) {
+    using Part = std::conditional_t<kPer == 2, uint16_t, uint32_t>;
+    std::fill_n(values_, kKeys / kPer * width_, 0);
+    auto* to = reinterpret_cast<Part*>(values_);
+    in_pieces(span, [&](int64_t j, int64_t block, int64_t slot, int64_t run) {
+      const auto* v = reinterpret_cast<const Part*>(a_.v_cache + block * a_.strides.v_block +
+                                                    tile_.head * a_.strides.v_head);
+      for (int64_t i = 0; i < run; ++i)
+        for (int64_t e = 0; e < a_.head_dim; ++e)
+          to[((j + i) / kPer * width_ + e) * kPer + (j + i) % kPer] =
+              v[((slot + i) / kPer * a_.head_dim + e) * kPer + (slot + i) % kPer];
+    });
+    for (int u = 0; u < kKeys / kPer; ++u) here_.values[u] = values_ + u * width_;
   }
 
   // The products of rows [first, end) of this query tile: `out` begins at row 0, and so do `rows`.
-  template <int R, int C>
-  void products(int64_t first, int64_t end, const Unit* rows, int64_t row_stride, const float* columns,
-                int64_t column_stride, int64_t depth, float* out, int64_t out_stride) {
-#ifdef FOLO_AMX
-    if constexpr (A::kPer == 2) {
-      const auto* left = reinterpret_cast<const uint32_t*>(columns);
-      for (int64_t row = first; row < end; row += 2 * amx::kTileRows) {
-        const int count = int(std::min<int64_t>(2 * amx::kTileRows, end - row));
-        for (int c = 0; c < C; c += 2)
-          amx::block_of(registers_, count, rows + row * row_stride, row_stride, left + c * kLanes,
-                        c + 1 < C ? left + (c + 1) * kLanes : nullptr, column_stride, depth,
-                        out + row * out_stride + c * kLanes, out_stride);
-      }
-      return;
-    }
-#endif
+  template <int R, int C, typename Columns>
+  static void products(int64_t first, int64_t end, const X* rows, int64_t row_stride, int64_t depth, float* out,
+                       int64_t out_stride, Columns columns) {
     in_blocks<R>(first, end, [&](auto size, int64_t row) {
-      row_block<A, decltype(size)::value, C>(rows + row * row_stride, row_stride, columns, column_stride, depth,
-                                             out + row * out_stride, out_stride);
+      row_block<A, decltype(size)::value, C>(rows + row * row_stride, row_stride, depth, out + row * out_stride,
+                                             out_stride, [&](int64_t u, int c) { return columns(row, u, c); });
     });
   }
 
-  const Attention& a_;
-  const int64_t group_, width_, depth_;
-  Scratch scratch_;
-  Tile tile_{};
-  int coming_ = 0, fetched_ = 0;  // keys of the next span
-  Unit* queries_ = nullptr;
-  float *keys_ = nullptr, *values_ = nullptr;
-  T* blank_ = nullptr;  // a row of zeros
-  int64_t *position_ = nullptr, *row_place_ = nullptr, *place_ = nullptr, *next_place_ = nullptr;
-  float* scores_ = nullptr;
-  typename A::Weight* weights_ = nullptr;
-  Part own_{}, sum_{};
 #ifdef FOLO_AMX
+  void tiles(int64_t first, int64_t end, const uint32_t* rows, int64_t row_stride, const uint32_t* left,
+             const uint32_t* right, int64_t column_stride, int64_t depth, float* out, int64_t out_stride) {
+    for (int64_t row = first; row < end; row += 2 * amx::kTileRows) {
+      const int count = int(std::min<int64_t>(2 * amx::kTileRows, end - row));
+      amx::block_of(registers_, count, rows + row * row_stride, row_stride, left, right, column_stride, depth,
+                    out + row * out_stride, out_stride);
+    }
+  }
   amx::Registers registers_;
 #endif
+
+  const Attention& a_;
+  const int64_t group_, width_, depth_;  // of the head dimension: in whole vectors; in units
+  const bool keys_direct_, values_direct_;
+  Scratch scratch_;
+  Tile tile_{};
+  Places here_, next_;
+  int coming_ = 0;  // keys of the next span
+  X* queries_ = nullptr;
+  uint32_t *keys_ = nullptr, *values_ = nullptr;  // copies
+  uint32_t *blank_ = nullptr, *last_ = nullptr;   // a row of zeros; the last row of V
+  int64_t *position_ = nullptr, *row_place_ = nullptr;
+  float* scores_ = nullptr;
+  Element* weights_ = nullptr;
+  Part own_{}, sum_{};
 };
 
 }  // namespace folo::FOLO_ISA
