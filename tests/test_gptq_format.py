@@ -298,6 +298,9 @@ class TestErrors:
         ("changes", "message"),
         [
             ({"quant_method": "awq"}, r"quantization_config \(awq\): only gptq is supported"),
+            ({"dynamic": ["a"]}, r"dynamic is \['a'\]: it must be a dict"),
+            ({"dynamic": {"+:(": {}}}, r"dynamic has the pattern '\(', which is none"),
+            ({"dynamic": {".*": 4}}, r"\.\* is 4: it must be a dict"),
             ({"quant_method": None}, r"quantization_config \(unnamed\)"),
             ({"checkpoint_format": "marlin"}, "The GPTQ format 'marlin' is not supported"),
             ({"bits": 3}, "bits is 3: only 2, 4, 8 are supported"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,17 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from engine import finish_all
 from gguf_files import tiny_gguf
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+import folo
 from folo.errors import LoadError
 from folo.model.load import load
 from folo.model.locate import locate
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def refuses(model: str | Path | None, message: str) -> None:
@@ -90,7 +96,14 @@ class TestDirectory:
         refuses(directory, "has no config.json")
 
     @pytest.mark.parametrize(
-        ("text", "message"), [("{", "is not valid JSON"), ("[1]", "no JSON object"), ("{}", "none named")]
+        ("text", "message"),
+        [
+            ("{", "is not valid JSON"),
+            ("[" * 100_000, "is not valid JSON"),
+            ("[1]", "no JSON object"),
+            ("{}", "none named"),
+        ],
+        ids=["cut", "deep", "list", "empty"],
     )
     def test_config_that_is_damaged(self, directory: Path, text: str, message: str) -> None:
         (directory / "config.json").write_text(text)
@@ -151,6 +164,46 @@ class TestDirectory:
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
         refuses(directory, message)
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"architectures": 5}, "architectures is 5: it must be a list"),
+            ({"architectures": [None]}, "Unsupported architecture: None"),
+            ({"eos_token_id": "2"}, "eos_token_id is '2': it must be a token id or a list of them"),
+            ({"eos_token_id": [[2]]}, r"eos_token_id is \[\[2\]\]"),
+            ({"eos_token_id": 2.0}, "eos_token_id is 2.0"),
+            ({"dtype": ["float32"]}, r"dtype is \['float32'\]: it must be a str"),
+            ({"quantization_config": "gptq"}, "quantization_config is 'gptq': it must be a dict"),
+            ({"rope_parameters": "default"}, "rope_parameters is 'default': it must be a dict"),
+            ({"layer_types": 5}, "layer_types is 5: it must be a list"),
+            ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan: it must be a positive number"),
+            ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf"),
+            ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+            ({"num_hidden_layers": 10**9}, "1000000000 layers are not supported"),
+            ({"architectures": ["MistralForCausalLM"], "sliding_window": "x"}, "sliding_window is 'x'"),
+            (
+                {"rope_parameters": _LLAMA3 | {"original_max_position_embeddings": "64"}},
+                "original_max_position_embeddings is '64': it must be a positive integer",
+            ),
+        ],
+        ids=str,
+    )
+    def test_config_that_makes_no_sense(self, directory: Path, change: dict[str, Any], message: str) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | change))
+        refuses(directory, message)
+
+    def test_end_of_sequence_outside_the_vocabulary_never_comes(self, directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": [-1, 300]}))
+        (directory / "generation_config.json").unlink()
+        params = load(directory, use_tqdm=False)
+        sampling = folo.SamplingParams(temperature=0, max_tokens=4, min_tokens=2)
+        state = folo.submit(folo.init(params, folo.CacheConfig(num_blocks=8)), folo.Request([5], sampling))
+        plain = folo.submit(state, folo.Request([5], replace(sampling, ignore_eos=True), id="plain"))
+        ended = folo.outputs(finish_all(params, plain))
+        assert ended["0"].outputs[0].token_ids == ended["plain"].outputs[0].token_ids
+
     def test_dtype_that_is_unknown(self, directory: Path) -> None:
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps(config | {"dtype": "float8_e4m3fn"}))
@@ -170,6 +223,8 @@ class TestGGUF:
             ({"llama.attention.head_count": "four"}, "llama.attention.head_count is 'four'"),
             ({"llama.attention.head_count": [4, 4]}, r"llama.attention.head_count is \[4, 4\]"),
             ({"llama.attention.layer_norm_rms_epsilon": "x"}, "layer_norm_rms_epsilon is 'x'"),
+            ({"llama.block_count": 10**9}, "1000000000 layers are not supported"),
+            ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id is '</s>': it must be a token id"),
             ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
             ({"llama.rope.scale_linear": 4.0}, "rope scaling 'linear' is not supported"),
             ({"llama.rope.dimension_count": 32}, "only 32 of 64 dimensions are rotated"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ _DEFAULT_EOS = {
     "Qwen3ForCausalLM": [],
 }
 _SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_MOST_LAYERS = 10_000  # a corrupt file may claim any number, and merely to name their weights takes memory
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class DecoderConfig:
     sampling_defaults: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.num_layers > _MOST_LAYERS:
+            raise LoadError(f"{self.num_layers} layers are not supported: at most {_MOST_LAYERS} are.")
         if self.num_heads % self.num_kv_heads:
             raise LoadError(
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly."
@@ -160,11 +164,13 @@ def _llama3_scaled(inv_freq: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures") or ["none named"]
-    for name in names:
-        if name in CLASS_DEFAULTS:
+    names = typed(config, "architectures", list) or ["none named"]
+    for name in CLASS_DEFAULTS:
+        if name in names:
             return name
-    raise LoadError(f"Unsupported architecture: {', '.join(names)}. Supported: {', '.join(CLASS_DEFAULTS)}.")
+    raise LoadError(
+        f"Unsupported architecture: {', '.join(map(str, names))}. Supported: {', '.join(CLASS_DEFAULTS)}."
+    )
 
 
 def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
@@ -172,18 +178,19 @@ def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise LoadError(f"hidden_act is {activation!r}: only 'silu' is supported.")
-    window = config.get("sliding_window")
     if architecture == "MistralForCausalLM":
-        slides = window is not None and window < config["max_position_embeddings"]
+        context = positive_int(config, "max_position_embeddings")
+        slides = positive_int(config, "sliding_window", context) < context
     else:
         slides = architecture.startswith("Qwen") and bool(config.get("use_sliding_window", False))
-    if slides or "sliding_attention" in (config.get("layer_types") or ()):
+    if slides or "sliding_attention" in (typed(config, "layer_types", list) or ()):
+        window = config.get("sliding_window")
         raise LoadError(f"Sliding window attention (sliding_window {window}) is not supported.")
 
 
 def _rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
     """Read `rope_parameters` (transformers 5), or `rope_scaling` and `rope_theta` (older)."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = typed(config, "rope_scaling", dict) or typed(config, "rope_parameters", dict) or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise LoadError(
             f"Rotary embeddings that differ between layers ({', '.join(rope)}) are not supported."
@@ -197,29 +204,23 @@ def _rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
     theta = positive_number(rope, "rope_theta", positive_number(config, "rope_theta", 10000.0))
     if kind == "default":
         return RopeConfig(theta=theta)
-    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    original = "original_max_position_embeddings"
     return RopeConfig(
         type=kind,
         theta=theta,
         factor=positive_number(rope, "factor"),
         low_freq_factor=positive_number(rope, "low_freq_factor"),
         high_freq_factor=positive_number(rope, "high_freq_factor"),
-        original_max_position=original or max_position,
+        original_max_position=positive_int(config, original, positive_int(rope, original, max_position)),
     )
 
 
 def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
     """Generation's ids, then those that only `config` has; the class default where both are silent."""
-    ids = [*_id_list(generation.get("eos_token_id")), *_id_list(config.get("eos_token_id"))]
+    ids = [*token_ids(generation, "eos_token_id"), *token_ids(config, "eos_token_id")]
     if not ids and "eos_token_id" not in config:
         ids = _DEFAULT_EOS[_architecture(config)]
     return tuple(dict.fromkeys(ids))
-
-
-def _id_list(value: int | list[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else value
 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
@@ -233,6 +234,23 @@ def _required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
+def typed(config: Mapping[str, Any], key: str, kind: type) -> Any:
+    """`config[key]`, or None. Raises LoadError naming the key if it is of another kind."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise LoadError(f"{key} is {value!r}: it must be a {kind.__name__}.")
+    return value
+
+
+def token_ids(config: Mapping[str, Any], key: str) -> list[int]:
+    """`config[key]`, one token id, a list of them, or none. Raises LoadError naming the key."""
+    value = config.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        raise LoadError(f"{key} is {value!r}: it must be a token id or a list of them.")
+    return ids
+
+
 def positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """`config[key]`, or `default` where it is absent or null. Raises LoadError naming the key."""
     value = default if config.get(key) is None and default is not None else _required(config, key)
@@ -244,6 +262,7 @@ def positive_int(config: Mapping[str, Any], key: str, default: int | None = None
 def positive_number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """`config[key]`, or `default` where it is absent or null. Raises LoadError naming the key."""
     value = default if config.get(key) is None and default is not None else _required(config, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not 0 < value <= sys.float_info.max:
         raise LoadError(f"{key} is {value!r}: it must be a positive number.")
     return float(value)

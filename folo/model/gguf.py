@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from folo.errors import LoadError
 from folo.model.checkpoint import row_slabs
-from folo.model.config import DecoderConfig, RopeConfig, positive_int, positive_number
+from folo.model.config import DecoderConfig, RopeConfig, positive_int, positive_number, token_ids
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
@@ -115,7 +116,7 @@ class GGUFFile:
         embed = self._tensors.get("token_embd.weight")
         if embed is None:
             raise LoadError("The checkpoint lacks the tensor token_embd.weight.")
-        ids = (self._metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
+        ends = (token_ids(self._metadata, f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
         return DecoderConfig(
             architecture=_ARCHITECTURES[arch],
             vocab_size=embed.shape[0],
@@ -138,7 +139,7 @@ class GGUFFile:
             tie_word_embeddings="output.weight" not in self._tensors,
             dtype=dtype,
             bos_token_id=self._metadata.get("tokenizer.ggml.bos_token_id"),
-            eos_token_ids=tuple(dict.fromkeys(i for i in ids if i is not None)),
+            eos_token_ids=tuple(dict.fromkeys(chain.from_iterable(ends))),
         )
 
     def read(self, name: str, out: Tensor) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from folo.errors import LoadError
+from folo.model.config import typed
 from folo.ops.quantized import BITS, Grouped
 
 FILES = ("quantize_config.json", "quant_config.json")
@@ -54,14 +55,15 @@ class Scheme:
         words = config.get("pack_dtype") or "int32"
         if words != "int32":
             raise LoadError(f"pack_dtype is {words!r}: only int32 is supported.")
-        dynamic = tuple((config.get("dynamic") or {}).items())
+        rules = typed(config, "dynamic", dict) or {}
+        dynamic = tuple((pattern, typed(rules, pattern, dict) or {}) for pattern in rules)
         bits, group_size = (config.get(key) for key in _KEYS)  # anything: `_checked` looks at them
         return _checked(cls(bits, group_size, _FORMATS.index(named) + 1, dynamic))  # pyright: ignore[reportArgumentType]
 
     def at(self, module: str) -> Scheme:
         """The scheme of one module: the first rule that matches its name changes it."""
         for pattern, changes in self.dynamic:
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+            if not pattern.startswith("-:") and _matches(pattern.removeprefix("+:"), module):
                 return _checked(replace(self, **{key: changes[key] for key in _KEYS if key in changes}))
         return self
 
@@ -80,6 +82,13 @@ class Scheme:
 _KEYS = ("bits", "group_size")
 
 
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise LoadError(f"dynamic has the pattern {pattern!r}, which is none: {error}.") from error
+
+
 def _checked(scheme: Scheme) -> Scheme:
     if scheme.bits not in BITS:
         raise LoadError(f"bits is {scheme.bits!r}: only {', '.join(map(str, BITS))} are supported.")
@@ -93,8 +102,8 @@ def find_scheme(
     path: Path, config: Mapping[str, Any], read_json: Callable[[Path], dict[str, Any]]
 ) -> Scheme | None:
     """Of a checkpoint's directory: what its config.json says, or a file of its own; None if it is dense."""
-    if config.get("quantization_config") is not None:
-        return Scheme.of(config["quantization_config"])
+    if (given := typed(config, "quantization_config", dict)) is not None:
+        return Scheme.of(given)
     for file in (path / name for name in FILES):
         if file.exists():
             return Scheme.of({"quant_method": "gptq", **read_json(file)})

@@ -18,7 +18,7 @@ from torch import Tensor
 from folo.errors import LoadError
 from folo.model import gptq
 from folo.model.checkpoint import row_slabs
-from folo.model.config import DecoderConfig
+from folo.model.config import DecoderConfig, typed
 from folo.ops.quantized import Grouped
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,7 +53,7 @@ class SafetensorsDirectory:
     @property
     def stored_dtype(self) -> torch.dtype:
         """What config.json says; the type of the first tensor if it says nothing."""
-        name = self._config.get("dtype") or self._config.get("torch_dtype")
+        name = typed(self._config, "dtype", str) or typed(self._config, "torch_dtype", str)
         if name is None:
             floats = (dtype for dtype in self._dtypes.values() if dtype.is_floating_point)
             return next(floats, torch.float32)
@@ -140,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise LoadError(f"{path.parent} has no {path.name}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise LoadError(f"{path} holds no JSON object.")

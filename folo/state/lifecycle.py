@@ -68,7 +68,7 @@ def origin_of(
     params = request.sampling
     config, stop_ids = state.params.config, set(params.stop_token_ids or ())
     if not params.ignore_eos:
-        stop_ids |= {token for token in config.eos_token_ids if token < config.vocab_size}
+        stop_ids |= {token for token in config.eos_token_ids if 0 <= token < config.vocab_size}
     num_prompt = len(request.prompt_token_ids)
     wanted = state.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
     limit = min(state.max_model_len, wanted)
