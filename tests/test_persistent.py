@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,3 +97,21 @@ def test_a_large_map_grows_deep_and_empties_again() -> None:
     assert full[31 * 777] == 777
     with pytest.raises(KeyError):
         map_.delete(0)
+
+
+_PICKLED = """
+import pickle, sys
+from functools import reduce
+from folo.state.map import Map
+map = reduce(lambda map, n: map.set(f"request {n}", n), range(100), Map())
+sys.stdout.buffer.write(pickle.dumps(map))
+"""
+
+
+def test_a_map_that_was_pickled_finds_its_strings_in_another_process() -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", _PICKLED]
+    written = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    read = pickle.loads(written)
+    assert len(read) == 100
+    assert [read.get(f"request {n}") for n in range(100)] == list(range(100))

@@ -76,8 +76,19 @@ class Map(Generic[K, V]):
     def __iter__(self) -> Iterator[K]:
         return (key for key, _ in self.items())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Where an entry stands is decided by its hash, which may be another in the process that reads this.
+        return _of, (dict(self.items()),)
+
     def __repr__(self) -> str:
         return f"Map({dict(self.items())!r})"
+
+
+def _of(entries: dict[K, V]) -> Map[K, V]:
+    built = Map[K, V]()
+    for key, value in entries.items():
+        built = built.set(key, value)
+    return built
 
 
 def _set(node: Any, bits: int, key: Any, value: Any, depth: int) -> Any:
