@@ -170,6 +170,8 @@ class LLMEngine:
             raise RequestError(
                 "a text prompt needs a tokenizer; give token ids, or skip_tokenizer_init=False"
             )
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise RequestError(f"the prompt {prompt[:40]!r} holds a lone surrogate: it is no text")
         return self.tokenizer(prompt, verbose=False)["input_ids"]  # what is too long, `submit` refuses
 
     def _unused_id(self) -> str:
@@ -204,7 +206,7 @@ class LLMEngine:
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             each: Sequence[SamplingParams | None] = [sampling_params] * len(prompts)
         else:
-            each = sampling_params
+            each = list(sampling_params)
         if len(each) != len(prompts):
             raise RequestError(
                 f"{len(each)} sampling_params for {len(prompts)} prompts; give one, or one each"
@@ -310,11 +312,13 @@ class LLMEngine:
 
 
 def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt, not several."""
+    """Whether this is one prompt, not several. Raises RequestError if it can be neither."""
     if isinstance(prompts, (str, Mapping)):
         return True
     if isinstance(prompts, torch.Tensor):
         return prompts.ndim == 1
+    if not hasattr(prompts, "__len__"):
+        raise RequestError(f"prompts must be text, token ids, or a list of prompts, got {prompts!r}")
     return len(prompts) > 0 and isinstance(prompts[0], Integral)
 
 

@@ -63,8 +63,10 @@ class LLM(LLMEngine):
         messages: [{"role": "user", "content": "..."}, ...], or a list of such lists.
 
         Raises:
-            RequestError: no tokenizer or no chat template; and see `generate`.
+            RequestError: no list of messages; no tokenizer or no chat template; and see `generate`.
         """
+        if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+            raise RequestError(f'messages must be [{{"role": ..., "content": ...}}, ...], got {messages!r}')
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Sequence[Message]]", [messages] if single else messages)
         prompts = [self.apply_chat_template(c, chat_template, add_generation_prompt) for c in conversations]

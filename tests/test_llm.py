@@ -367,6 +367,11 @@ class TestChat:
         with pytest.raises(RequestError, match="no chat template"):
             llm.chat([{"role": "user", "content": "hi"}], use_tqdm=False)
 
+    @pytest.mark.parametrize("messages", ["hi", {"role": "user", "content": "hi"}, None])
+    def test_takes_a_list_of_messages(self, llm: LLM, messages: Any) -> None:
+        with pytest.raises(RequestError, match="messages must be "):
+            llm.chat(messages, use_tqdm=False)
+
     def test_reports_what_the_template_objects_to(self, llm: LLM) -> None:
         template = "{{ raise_exception('only users may speak') }}"
         with pytest.raises(RequestError, match="only users may speak"):
@@ -582,6 +587,15 @@ class TestPromptForms:
             tuple(outputs[0].outputs[0].token_ids)
         }
         assert [output.prompt for output in outputs[:4]] == ["the cat", None, None, "the cat"]
+
+    @pytest.mark.parametrize("prompts", [None, 5, iter(["the cat"])])
+    def test_what_is_no_prompt_and_no_list_is_refused(self, llm: LLM, prompts: Any) -> None:
+        with pytest.raises(RequestError, match="prompts must be text, token ids, or a list"):
+            llm.generate(prompts, use_tqdm=False)
+
+    def test_a_string_that_is_no_text_is_refused(self, llm: LLM) -> None:
+        with pytest.raises(RequestError, match=r"'the \\udc80' holds a lone surrogate"):
+            llm.generate("the \udc80", use_tqdm=False)
 
     def test_other_keys_are_refused(self, llm: LLM) -> None:
         with pytest.raises(RequestError, match="got the keys 'text'"):

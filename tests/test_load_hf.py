@@ -116,17 +116,18 @@ def test_stored_tensors_without_a_use_are_ignored(tmp_path: Path) -> None:
     assert load(tmp_path, use_tqdm=False).lm_head is None
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float", torch.int64])
+@pytest.mark.parametrize("dtype", ["int8", "float", torch.int64, torch.float8_e4m3fn])
 def test_dtype_that_is_none(tmp_path: Path, dtype: str | torch.dtype) -> None:
     tiny_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="dtype is"):
         load(tmp_path, dtype, use_tqdm=False)
 
 
-def test_device_that_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["abacus", "xpu", "meta", None])
+def test_device_that_is_none(tmp_path: Path, device: Any) -> None:
     tiny_checkpoint(tmp_path)
-    with pytest.raises(ConfigError, match="device is 'abacus'"):
-        load(tmp_path, device="abacus", use_tqdm=False)
+    with pytest.raises(ConfigError, match=f"device is {device!r}"):
+        load(tmp_path, device=device, use_tqdm=False)
     assert load(tmp_path, device="cpu", use_tqdm=False).device.type == "cpu"
 
 

@@ -371,6 +371,8 @@ def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
         (lambda p: folo.ModelConfig(seed=-1), "seed=-1"),
         (lambda p: folo.EngineConfig(cache=cast("Any", None)), "cache=None: expected a CacheConfig"),
         (lambda p: folo.init(p, folo.CacheConfig(kv_cache_gib=1e-5)), "are kept for steps in flight"),
+        (lambda p: folo.init(p, folo.CacheConfig(num_blocks=10**11)), "no memory for a KV heap of 10000000"),
+        (lambda p: folo.init(p, folo.CacheConfig(num_blocks=10**30)), "no memory for a KV heap of 10000000"),
         (
             lambda p: folo.init(p, scheduler=folo.SchedulerConfig(max_model_len=257)),
             "max_model_len=257 exceeds the model's 256 positions",

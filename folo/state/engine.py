@@ -140,8 +140,8 @@ def init(
             independent of what else runs.
 
     Raises:
-        ConfigError: the seed is out of range; the heap would hold no block; max_model_len exceeds the
-            model or the heap; the attention backend cannot be had.
+        ConfigError: the seed is out of range; the heap would hold no block, or takes more memory than
+            there is; max_model_len exceeds the model or the heap; the attention backend cannot be had.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
         raise ConfigError(f"seed={seed!r}: expected an int in [0, 2**64)")
@@ -166,6 +166,14 @@ def init(
             )
     longest = longest_sequence(config, cache, scheduler, num_blocks)
     shape = (config.num_layers, num_blocks + spare, cache.block_size, config.num_kv_heads, config.head_dim)
+    try:
+        heap = KVHeap(shape, params.dtype, params.device)
+    except (OSError, OverflowError, torch.OutOfMemoryError) as error:
+        raise ConfigError(
+            f"no memory for a KV heap of {num_blocks + spare} blocks, "
+            f"{block_bytes * (num_blocks + spare) / 2**30:.1f} GiB ({error}); lower num_blocks, kv_cache_gib "
+            f"(CPU), gpu_memory_utilization (CUDA) or reserve_blocks"
+        ) from error
     return EngineState(
         running=(),
         waiting=(),
@@ -179,7 +187,7 @@ def init(
         cache=replace(cache, num_blocks=num_blocks),
         scheduler=scheduler,
         params=params,
-        heap=KVHeap(shape, params.dtype, params.device),
+        heap=heap,
         tokenizer=tokenizer,
         attention=backend,
     )
