@@ -186,3 +186,9 @@ def test_more_tokens_than_positions_are_refused(tiny: folo.Params) -> None:
     folo.model.forward(tiny, tokens(256))
     with pytest.raises(folo.ConfigError, match="257 tokens exceed the model's 256 positions"):
         folo.model.forward(tiny, tokens(257))
+
+
+@pytest.mark.parametrize(("ids", "kind"), [([5, 6], "list"), (torch.tensor([5.0]), "torch.float32")])
+def test_token_ids_that_are_no_integer_tensor(tiny: folo.Params, ids: Any, kind: str) -> None:
+    with pytest.raises(folo.ConfigError, match=f"must be an integer tensor, got {kind}"):
+        folo.model.forward(tiny, ids)

@@ -239,6 +239,9 @@ def test_what_a_request_needs_has_to_be_given(tiny: folo.Params, tokenizer: Any,
     folo.save(everything(tiny, tokenizer), tmp_path / "state")
     with pytest.raises(folo.RestoreError, match=r"'r5'.*'ban even ids'.*transforms="):
         folo.restore(tiny, tmp_path / "state", tokenizer=tokenizer)
+    no_function: Any = {BAN_EVEN: 5}
+    with pytest.raises(folo.RestoreError, match=r"'r5'.*'ban even ids'.*transforms="):
+        folo.restore(tiny, tmp_path / "state", transforms=no_function, tokenizer=tokenizer)
     with pytest.raises(folo.RestoreError, match=r"'r3'.*tokenizer="):
         folo.restore(tiny, tmp_path / "state", transforms={BAN_EVEN: ban_even})
 

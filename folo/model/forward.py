@@ -172,10 +172,13 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
     their last bits may differ from a kernel's. float64 params give float64 logits.
 
     Raises:
-        ConfigError: token_ids is not one-dimensional and non-empty, or longer than the model allows; or
-            packed or quantised params under a transform.
+        ConfigError: token_ids is no integer tensor, not one-dimensional and non-empty, or longer than the
+            model allows; or packed or quantised params under a transform.
     """
     config = params.config
+    if not isinstance(token_ids, Tensor) or token_ids.is_floating_point():
+        kind = token_ids.dtype if isinstance(token_ids, Tensor) else type(token_ids).__name__
+        raise ConfigError(f"token_ids must be an integer tensor, got {kind}: torch.tensor(ids) makes one")
     if token_ids.ndim != 1 or not token_ids.numel():
         raise ConfigError(f"token_ids must have shape [T] with T >= 1, got {tuple(token_ids.shape)}")
     length = token_ids.shape[0]

@@ -149,7 +149,7 @@ def _held(entry: Document, transforms: Mapping[str, Transform]) -> Held:
 
 
 def _transform(name: str, id: str, transforms: Mapping[str, Transform]) -> Named:
-    if name not in transforms:
+    if not callable(transforms.get(name)):
         raise RestoreError(
             f"request {id!r} uses the logits processor {name!r}: "
             f"restore(..., transforms={{{name!r}: function}})"
