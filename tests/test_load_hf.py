@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import ARCHITECTURES, plain, state_dict, tiny_checkpoint
+from gguf_files import tiny_gguf
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -121,6 +122,19 @@ def test_dtype_that_is_none(tmp_path: Path, dtype: str | torch.dtype) -> None:
     tiny_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="dtype is"):
         load(tmp_path, dtype, use_tqdm=False)
+
+
+@pytest.mark.parametrize("name", ["", "model.gguf"])
+def test_the_callers_default_device_has_no_say(tmp_path: Path, name: str) -> None:
+    if name:
+        tiny_gguf(tmp_path / name)
+    else:
+        tiny_checkpoint(tmp_path)
+    expected = load(tmp_path / name, use_tqdm=False)
+    with torch.device("meta"):
+        params = load(tmp_path / name, device="cpu", use_tqdm=False)
+        assert torch.equal(params.inv_freq, expected.inv_freq)
+        assert params.fingerprint == expected.fingerprint
 
 
 @pytest.mark.parametrize("device", ["abacus", "xpu", "meta", None])

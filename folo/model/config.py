@@ -144,10 +144,11 @@ class DecoderConfig:
         `ggml_rope_ext`.
         """
         rope = self.rope
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
+        even = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu")
+        exponent = even.float() / self.head_dim
         inv_freq = 1.0 / (rope.theta**exponent)
         if rope.freq_factors:
-            inv_freq = inv_freq / torch.tensor(rope.freq_factors, dtype=torch.float32)
+            inv_freq = inv_freq / torch.tensor(rope.freq_factors, dtype=torch.float32, device="cpu")
         return _llama3_scaled(inv_freq, rope) if rope.type == "llama3" else inv_freq
 
 

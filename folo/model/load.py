@@ -55,10 +55,12 @@ def load(
         LoadError: the checkpoint is missing, damaged, unsupported, or in pickle files.
         ConfigError: `dtype` or `device` is none that can be used.
     """
-    checkpoint = open_checkpoint(locate(model))
-    config = checkpoint.config(_resolve_dtype(dtype, checkpoint))
-    _check_tensors(checkpoint, config)
-    params = assemble(checkpoint, config, _resolve_device(device), pack, use_tqdm)
+    where = _resolve_device(device)
+    with torch.device("cpu"):  # for what is read on the way, whatever torch.set_default_device says
+        checkpoint = open_checkpoint(locate(model))
+        config = checkpoint.config(_resolve_dtype(dtype, checkpoint))
+        _check_tensors(checkpoint, config)
+        params = assemble(checkpoint, config, where, pack, use_tqdm)
     give_back()  # the buffers on the way, which leave holes of up to a tenth of the weights
     return params
 
