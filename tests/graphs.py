@@ -12,7 +12,11 @@ from folo.graph import Replay
 
 def spoil(tensor: Tensor) -> None:
     """No value that anyone could take for a token or a number."""
-    tensor.fill_(torch.nan if tensor.is_floating_point() else -(2**62))
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        tensor.fill_(torch.nan)
+    else:
+        limits = torch.iinfo(tensor.dtype)
+        tensor.fill_(limits.min // 2 or limits.max)
 
 
 class Recorded:
