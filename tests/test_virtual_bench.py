@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import virtual_cuda
 from virtual_tensors import VirtualCuda
 
 from folo import cli
-from folo.bench import cells, gptq, graph, invariance, serving, workloads
+from folo.bench import cells, gptq, gpu, graph, invariance, serving, workloads
 from folo.bench.kernels import SHAPES
 
 TINY = replace(
@@ -77,13 +78,21 @@ def test_graph(device: VirtualCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_gptq(device: VirtualCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(SHAPES[1], linears={"qkv": (64, 96), "head": (32, 96)})
     monkeypatch.setattr(gptq, "SHAPES", (SHAPES[0], small))
-    for name, value in {"BATCHES": (1, 2), "CONTEXT": 24, "_ROUNDS": 1}.items():
+    own = {
+        "BATCHES": (1, 3),
+        "CONTEXT": 24,
+        "steps": partial(gptq.steps, batches=(2,)),
+        "_ratio": partial(gptq._ratio, rounds=1),
+    }
+    for name, value in own.items():
         monkeypatch.setattr(gptq, name, value)
-    for name, value in {"_STEPS": 4, "_WARM": 1, "MOST_STEPS": 30}.items():
+    for name, value in {"_STEPS": 4, "_WARM": 1, "MOST_STEPS": 24}.items():
         monkeypatch.setattr(graph, name, value)
     found = result("gptq", tmp_path, "--device", "cuda")["results"]
     assert [(ratio["what"], ratio["batch"]) for ratio in found] == [
-        (what, batch) for what in ("linear layers", "decode step") for batch in (1, 2)
+        ("linear layers", 1),
+        ("linear layers", 3),
+        ("decode step", 2),
     ]
 
 
@@ -92,5 +101,17 @@ def test_invariance(
 ) -> None:
     replayed = cells.Cell("one a step", 16, 8, "warm", "ample", 1, "forked", "graph")
     monkeypatch.setattr(invariance, "array", lambda: [replayed])
+    monkeypatch.setattr(invariance, "requests", partial(invariance.requests, samples=1))
+    monkeypatch.setattr(invariance, "random_prompts", lambda vocab_size: [[7] * 11, [7] * 11 + [8] * 4])
     result("invariance", tmp_path, "--shape", "qwen3-0.6b", "--cells", "1")
     assert "no bit differs" in capsys.readouterr().out
+
+
+def test_the_whole_command_says_which_parts_passed(
+    device: VirtualCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = gpu.Part("latency", ("timeit", "-n", "1", "-r", "1", "0"), 60)
+    monkeypatch.setattr(gpu, "parts", lambda out: [quick])
+    cli.main(["bench", "gpu", "--out", str(tmp_path), "--parts", "latency"])
+    assert "passed" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["results"]["gpu"]["gpu"] == "virtual"

@@ -17,6 +17,7 @@ from gptq_files import Style, gptq_checkpoint
 from virtual_tensors import VirtualCuda
 
 import folo
+from folo.config import CompileMode
 from folo.sampling import Context
 
 pytestmark = pytest.mark.usefixtures("reference_ops")
@@ -62,7 +63,7 @@ def submitted(params: folo.Params, variants: tuple[dict[str, Any], ...] = VARIAN
     return state
 
 
-def ended(params: folo.Params, state: folo.EngineState, mode: Any) -> folo.EngineState:
+def ended(params: folo.Params, state: folo.EngineState, mode: CompileMode) -> folo.EngineState:
     step = folo.compile(folo.step, mode=mode)
     while (batch := folo.schedule(state)) is not None:
         state, _ = step(params, state, batch)
@@ -80,7 +81,7 @@ def ended(params: folo.Params, state: folo.EngineState, mode: Any) -> folo.Engin
     ],
 )
 def test_outputs_are_those_of_the_cpu(
-    weights: str, dtype: str, mode: str, device: VirtualCuda, request: pytest.FixtureRequest
+    weights: str, dtype: str, mode: CompileMode, device: VirtualCuda, request: pytest.FixtureRequest
 ) -> None:
     directory = request.getfixturevalue(weights)
     here, there = (folo.load(directory, dtype, where, use_tqdm=False) for where in ("cpu", "cuda"))
@@ -94,7 +95,7 @@ def test_outputs_are_those_of_the_cpu(
 
 @pytest.mark.parametrize("mode", ["eager", "cudagraph"])
 def test_a_state_is_forked_saved_and_goes_on_on_another_device(
-    mode: str, tiny_dir: Path, tmp_path: Path, device: VirtualCuda
+    mode: CompileMode, tiny_dir: Path, tmp_path: Path, device: VirtualCuda
 ) -> None:
     here, there = (folo.load(tiny_dir, "float32", where, use_tqdm=False) for where in ("cpu", "cuda"))
     variants = VARIANTS[:-1]  # a function has no name in a file

@@ -51,6 +51,9 @@ class CudaTensor(Tensor):
     def data_ptr(self) -> int:
         return self.host.data_ptr()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.host.untyped_storage()
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -61,15 +64,15 @@ class Generator(torch.Generator):
     of_cuda: ClassVar[WeakValueDictionary[int, Generator]] = WeakValueDictionary()  # torch hands on copies
 
     def __new__(cls, device: Any = "cpu") -> Generator:
-        return super().__new__(cls, "cpu")
+        return super().__new__(cls, "cpu")  # pyright: ignore[reportCallIssue]
 
     def __init__(self, device: Any = "cpu") -> None:
         self._device = torch.device(device)
         if self._device.type == "cuda":
-            self.of_cuda[self._cdata] = self
+            self.of_cuda[_address(self)] = self
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._device
 
 
@@ -131,7 +134,7 @@ class VirtualCuda(TorchDispatchMode):
 
     def _check(self, func: Any, args: Any, leaves: list[Any], on_cuda: bool) -> None:
         for leaf in leaves:
-            if isinstance(leaf, torch._C.Generator) and (leaf._cdata in Generator.of_cuda) != on_cuda:
+            if isinstance(leaf, torch._C.Generator) and (_address(leaf) in Generator.of_cuda) != on_cuda:
                 raise RuntimeError(f"{func}: the generator is of another device")
         if not on_cuda:
             return
@@ -283,6 +286,10 @@ class VirtualCuda(TorchDispatchMode):
             yield
         finally:
             self._capturing = None
+
+
+def _address(generator: Any) -> int:
+    return generator._cdata
 
 
 def plain(tree: Any) -> Any:
