@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from folo.bench import gpu
 from folo.bench.gpu import Outcome, Part, parts, run, table
 
 ENDLESS = "import subprocess, time\ntry: time.sleep(60)\nfinally: print('interrupted')"
@@ -40,3 +43,12 @@ def test_parts_write_into_the_directory(tmp_path: Path) -> None:
     files = {word for part in parts(tmp_path) for word in part.command if word.startswith(str(tmp_path))}
     names = ("latency", "graph", "nano", "invariance", "gptq", "peer")
     assert files == {str(tmp_path / f"{name}.json") for name in names} | {str(tmp_path / "graph.png")}
+
+
+def test_a_missing_package_costs_a_picture_and_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [part.name for part in parts(tmp_path)]
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    assert [part.name for part in parts(tmp_path)] == names
+    assert not any("--plot" in part.command for part in parts(tmp_path))

@@ -2,7 +2,7 @@
 
 The tests marked `cuda`, the graph, throughput and GPTQ benchmarks, the invariance matrix, one process each.
 Each part has a time limit, and the next one begins whatever became of it. Needs pytest, and folo's checkout
-for the tests; nothing is fetched. `summary.json` says how each part ended, `log.txt` what it printed.
+for the tests, matplotlib for pictures; nothing is fetched. `summary.json` says how each part ended, `log.txt` what it printed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def parts(out: Path) -> list[Part]:
     """In the order in which they run; what matters most comes first."""
 
     def bench(name: str, *options: str, limit: float, plot: bool = False) -> Part:
-        files = ["--json", str(out / f"{name}.json"), *(["--plot", str(out / f"{name}.png")] if plot else [])]
+        files = ["--json", str(out / f"{name}.json")]
+        if plot and find_spec("matplotlib"):
+            files += ["--plot", str(out / f"{name}.png")]
         return Part(name, ("folo", "bench", *options, *_SHAPE, *files), limit)
 
     # Most of the tests' time is Triton's, which compiles on one core; a library's warning is no failure here.
