@@ -36,7 +36,9 @@ def device(monkeypatch: pytest.MonkeyPatch, reference_ops: None) -> Iterator[Vir
     for module in (workloads, invariance):
         monkeypatch.setattr(module, "QWEN3_600M", TINY)
     profile, cpu = torch.profiler.profile, torch.profiler.ProfilerActivity.CPU  # of no other is there any
-    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile(activities=[cpu]))
+    monkeypatch.setattr(
+        torch.profiler, "profile", lambda activities, **options: profile(activities=[cpu], **options)
+    )
     with virtual_cuda.entered() as device:
         yield device
 

@@ -2,7 +2,7 @@
 
 The tests marked `cuda`, the graph, throughput and GPTQ benchmarks, the invariance matrix, one process each.
 Each part has a time limit, and the next one begins whatever became of it. Needs pytest, and folo's checkout
-for the tests, matplotlib for pictures; nothing is fetched. `summary.json` says how each part ended, `log.txt` what it printed.
+for the tests; nothing is fetched. `summary.json` says how each part ended, `log.txt` what it printed.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ def _reserved(device: torch.device) -> int | None:
 def _launches(run: Callable[[], object]) -> int:
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as found:  # without it, torch 2.11 warns
         run()
     return sum(event.name.startswith(_LAUNCHES) for event in found.events() or ())
 
