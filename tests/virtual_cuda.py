@@ -6,7 +6,7 @@ graph is captured. What CUDA leaves open is spoilt: memory that nothing was writ
 until it was waited for. Kernels are launched up to Triton's compiler: a launch is checked, and an op's
 result is the reference's.
 
-`pytest -p virtual_cuda` puts all tests of a process on it, the fixture `virtual_cuda` one test. torch.compile
+`pytest -p virtual_cuda` has it for all tests of a process, `entered()` for what runs within. torch.compile
 leaves functions as they are there.
 """
 
