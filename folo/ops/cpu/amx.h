@@ -47,20 +47,40 @@ class Registers {
   int count_ = 0;
 };
 
+// Blocks of at most 2 * kTileRows rows, all of one height, since to set registers up for another takes hundreds of
+// cycles: f(first row, height, first row that no block had before), where the last block may go over rows again.
+template <typename F>
+inline void in_even_blocks(int64_t first, int64_t end, F&& f) {
+  const int64_t blocks = (end - first + 2 * kTileRows - 1) / (2 * kTileRows);
+  if (!blocks) return;
+  const int64_t height = (end - first + blocks - 1) / blocks;
+  for (int64_t fresh = first; fresh < end; fresh += height) f(std::min(fresh, end - height), int(height), fresh);
+}
+
 // out[r][c] = the sum over `depth` pairs (a multiple of 16) of rows[r][...] times columns[...][c]: up to 32
-// rows, 16 columns from `left`, and 16 from `right`.
-template <bool kTwoRows, bool kTwoColumns>
-inline void block(const uint32_t* rows, int64_t row_stride, const uint32_t* left, const uint32_t* right,
-                  int64_t column_stride, int64_t depth, float* out, int64_t out_stride) {
+// rows, 16 columns from `left`, and 16 from `right`; added to what stands there, if `more`. `meanwhile`(pairs so
+// far), before every 16 of them, is work for the rest of the core, which products leave idle.
+template <bool kTwoRows, bool kTwoColumns, typename F>
+void block(const uint32_t* rows, int64_t row_stride, const uint32_t* left, const uint32_t* right,
+           int64_t column_stride, int64_t depth, bool more, float* out, int64_t out_stride, F&& meanwhile) {
   // gcc does not know that loading a tile reads memory, and might write what is read here later, or never.
   asm volatile("" : : "r"(rows), "r"(left), "r"(right) : "memory");
   const uint32_t* lower = rows + kTileRows * row_stride;
   const int64_t row_bytes = row_stride * 4, column_bytes = column_stride * 4, out_bytes = out_stride * 4;
-  _tile_zero(0);
-  if constexpr (kTwoColumns) _tile_zero(1);
-  if constexpr (kTwoRows) _tile_zero(2);
-  if constexpr (kTwoRows && kTwoColumns) _tile_zero(3);
+  float* out_lower = out + kTileRows * out_stride;
+  if (more) {
+    _tile_loadd(0, out, out_bytes);
+    if constexpr (kTwoColumns) _tile_loadd(1, out + 16, out_bytes);
+    if constexpr (kTwoRows) _tile_loadd(2, out_lower, out_bytes);
+    if constexpr (kTwoRows && kTwoColumns) _tile_loadd(3, out_lower + 16, out_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (kTwoColumns) _tile_zero(1);
+    if constexpr (kTwoRows) _tile_zero(2);
+    if constexpr (kTwoRows && kTwoColumns) _tile_zero(3);
+  }
   for (int64_t k = 0; k < depth; k += 16) {
+    meanwhile(k);
     _tile_loadd(6, left + k * column_stride, column_bytes);
     _tile_loadd(4, rows + k, row_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -76,17 +96,19 @@ inline void block(const uint32_t* rows, int64_t row_stride, const uint32_t* left
   }
   _tile_stored(0, out, out_bytes);
   if constexpr (kTwoColumns) _tile_stored(1, out + 16, out_bytes);
-  if constexpr (kTwoRows) _tile_stored(2, out + kTileRows * out_stride, out_bytes);
-  if constexpr (kTwoRows && kTwoColumns) _tile_stored(3, out + kTileRows * out_stride + 16, out_bytes);
+  if constexpr (kTwoRows) _tile_stored(2, out_lower, out_bytes);
+  if constexpr (kTwoRows && kTwoColumns) _tile_stored(3, out_lower + 16, out_bytes);
 }
 
 // `block` of `count` rows, and of one half of columns if `right` is null.
+template <typename F>
 inline void block_of(Registers& registers, int count, const uint32_t* rows, int64_t row_stride, const uint32_t* left,
-                     const uint32_t* right, int64_t column_stride, int64_t depth, float* out, int64_t out_stride) {
+                     const uint32_t* right, int64_t column_stride, int64_t depth, bool more, float* out,
+                     int64_t out_stride, F&& meanwhile) {
   registers.hold(count);
-  const auto chosen = count > kTileRows ? (right ? block<true, true> : block<true, false>)
-                                        : (right ? block<false, true> : block<false, false>);
-  chosen(rows, row_stride, left, right, column_stride, depth, out, out_stride);
+  const auto chosen = count > kTileRows ? (right ? block<true, true, F&> : block<true, false, F&>)
+                                        : (right ? block<false, true, F&> : block<false, false, F&>);
+  chosen(rows, row_stride, left, right, column_stride, depth, more, out, out_stride, meanwhile);
 }
 
 }  // namespace folo::amx

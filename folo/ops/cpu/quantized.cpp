@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "codes.h"
 #include "kernels.h"
 #include "rows.h"
 #include "simd.h"
@@ -27,81 +28,6 @@ constexpr int kMost = 96;   // rows of a chunk
 constexpr bool kPairs = true;
 #else
 constexpr bool kPairs = false;
-#endif
-
-#ifdef __AVX512F__
-using Whole = __m512i;  // kLanes int32
-inline Whole load_words(const int32_t* p) { return _mm512_loadu_si512(p); }
-inline Whole masked(Whole a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
-inline Whole minus(Whole a, Whole b) { return _mm512_sub_epi32(a, b); }
-inline Whole load_bytes(const uint8_t* p) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline Float floats(Whole a) { return {_mm512_cvtepi32_ps(a)}; }
-template <int By>
-Whole shifted(Whole a) {
-  return _mm512_srli_epi32(a, By);
-}
-#else
-using Whole = __m256i;
-inline Whole load_words(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Whole masked(Whole a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi32(mask)); }
-inline Whole minus(Whole a, Whole b) { return _mm256_sub_epi32(a, b); }
-inline Whole load_bytes(const uint8_t* p) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-}
-inline Float floats(Whole a) { return {_mm256_cvtepi32_ps(a)}; }
-template <int By>
-Whole shifted(Whole a) {
-  return _mm256_srli_epi32(a, By);
-}
-#endif
-
-// The kUnits columns, or pairs of them, of kLanes words of codes, as P's steps take them.
-template <typename P, int Bits>
-struct Codes {
-  static constexpr int kUnits = 32 / Bits;
-  using Column = Float;
-  static Whole zeros(const uint8_t* at) { return load_bytes(at); }
-  template <int Unit>
-  static Column column(Whole words, Whole zeros) {
-    return floats(minus(masked(shifted<Bits * (Unit / 2) + 16 * (Unit % 2)>(words), (1 << Bits) - 1), zeros));
-  }
-};
-inline void keep(float* to, Float column) { store(to, column); }
-
-#if defined(FOLO_AVX512_BF16) || defined(FOLO_AMX)
-template <int Bits>
-struct Codes<Pairs, Bits> {
-  static constexpr int kUnits = 16 / Bits, kMask = (1 << Bits) - 1;
-  using Column = __m512i;
-  static Whole zeros(const uint8_t* at) {
-    const Whole once = load_bytes(at);
-    return _mm512_or_si512(once, _mm512_slli_epi32(once, 16));
-  }
-  template <int Unit>
-  static Column column(Whole words, Whole zeros) {
-    return narrowed(_mm512_sub_epi16(masked(shifted<Bits * Unit>(words), kMask | kMask << 16), zeros));
-  }
-
- private:
-  // bfloat16 of the whole numbers in the halves of each lane.
-  static __m512i narrowed(__m512i a) {
-    if constexpr (Bits < 8) {  // their last five bits say which of these they are
-      alignas(64) static const uint16_t kValues[32] = {
-          0x0000, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120,
-          0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0xC180, 0xC170, 0xC160, 0xC150, 0xC140, 0xC130,
-          0xC120, 0xC110, 0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80};
-      return _mm512_permutexvar_epi16(a, _mm512_load_si512(kValues));
-    } else {
-      const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(a, 16), 16), odd = _mm512_srai_epi32(a, 16);
-      const __m512i low = _mm512_castps_si512(_mm512_cvtepi32_ps(even));
-      const __m512i high = _mm512_castps_si512(_mm512_cvtepi32_ps(odd));
-      return _mm512_or_si512(_mm512_srli_epi32(low, 16), _mm512_and_si512(high, _mm512_set1_epi32(int(0xFFFF0000))));
-    }
-  }
-};
-inline void keep(uint32_t* to, __m512i column) { _mm512_storeu_si512(to, column); }
 #endif
 
 // A span of columns of one scale in some tiles, and what stands for the rows so far: [row][tiles * 16].
@@ -127,14 +53,16 @@ void fetch_parts(const Span<W>& s, int64_t tiles) {
 // A thread's products of rows of x with spans of kTiles tiles.
 template <typename P, int Bits>
 struct Multiplier {
-  static constexpr int kTiles = kWide;
+  static constexpr int kTiles = kWide, kSpans = 1;  // tiles at once, and spans of them that are kept widened
   using X = typename P::X;
   using W = typename P::W;
   using C = Codes<P, Bits>;
   static constexpr int64_t kWideTile = kSpan * kBlock / (32 / Bits / C::kUnits) * kTile;
 
+  void start(const Span<W>&, int64_t) {}
+
   // The first rows are multiplied as the span is widened: the two keep different parts of the core busy.
-  void span(const X* x, int64_t stride, int64_t count, const Span<W>& s, int64_t tiles, float* totals) {
+  void span(const X* x, int64_t stride, int64_t count, const Span<W>& s, const Span<W>&, int64_t tiles, float* totals) {
     fetch_parts(s, tiles);
     if (tiles == kTiles) return rows<kTiles>(x, stride, count, s, totals);
     for (int64_t t = 0; t < tiles; ++t) {
@@ -219,41 +147,52 @@ struct Multiplier {
 };
 
 #ifdef FOLO_AMX
+// A span is widened while the one before is multiplied: tiles are multiplied by a part of the core of its own.
 template <int Bits>
 struct Multiplier<Pairs, Bits> {
-  static constexpr int kTiles = 2, kHigh = 2 * amx::kTileRows;
+  static constexpr int kTiles = 2, kSpans = 2, kHigh = 2 * amx::kTileRows;
   static constexpr int64_t kWideTile = kSpan * kBlock / 2 * kTile;
   using C = Codes<Pairs, Bits>;
 
-  void span(const uint32_t* x, int64_t stride, int64_t count, const Span<uint32_t>& s, int64_t tiles, float* totals) {
+  void start(const Span<uint32_t>& s, int64_t tiles) {
+    for (int64_t pair = 0; pair < s.words * C::kUnits; pair += kTile) widen(s, pair, tiles);
+  }
+
+  void span(const uint32_t* x, int64_t stride, int64_t count, const Span<uint32_t>& s, const Span<uint32_t>& next,
+            int64_t tiles, float* totals) {
     fetch_parts(s, tiles);
+    alignas(64) float sums[kHigh][2 * kTile];
+    amx::in_even_blocks(0, count, [&](int64_t row, int some, int64_t fresh) {
+      amx::block_of(registers_, some, x + row * stride, stride, s.wide, tiles > 1 ? s.wide + kWideTile : nullptr,
+                    kTile, s.words * C::kUnits, false, sums[0], 2 * kTile, [&](int64_t pair) {
+                      if (fresh == 0 && pair < next.words * C::kUnits) widen(next, pair, tiles);
+                    });
+      for (int64_t t = 0; t < tiles; ++t) {
+        const Float scale = load(s.scales + t * s.part_stride);
+        for (int64_t r = fresh - row; r < some; ++r) {
+          float* total = totals + (row + r) * kTiles * kTile + t * kTile;
+          store(total, fma(load(&sums[r][t * kTile]), scale, load(total)));
+        }
+      }
+    });
+  }
+
+ private:
+  // kTile pairs of columns from `pair` on.
+  static void widen(const Span<uint32_t>& s, int64_t pair, int64_t tiles) {
     for (int64_t t = 0; t < tiles; ++t) {
       const Whole zeros = C::zeros(s.zeros + t * s.part_stride);
-      const int32_t* words = s.codes + t * s.code_stride;
-      uint32_t* wide = s.wide + t * kWideTile;
-      for (int64_t word = 0; word < s.words; ++word, words += kTile, wide += C::kUnits * kTile) {
+      const int32_t* words = s.codes + t * s.code_stride + pair / C::kUnits * kTile;
+      uint32_t* wide = s.wide + t * kWideTile + pair * kTile;
+      for (int word = 0; word < kTile / C::kUnits; ++word, words += kTile, wide += C::kUnits * kTile) {
         _mm_prefetch(words + s.ahead, _MM_HINT_T1);
         each<C::kUnits>([&](auto unit) {
           keep(wide + unit() * kTile, C::template column<unit()>(load_words(words), zeros));
         });
       }
     }
-    alignas(64) float sums[kHigh][2 * kTile];
-    for (int64_t row = 0; row < count; row += kHigh) {
-      const int some = int(std::min<int64_t>(kHigh, count - row));
-      amx::block_of(registers_, some, x + row * stride, stride, s.wide, tiles > 1 ? s.wide + kWideTile : nullptr,
-                    kTile, s.words * C::kUnits, sums[0], 2 * kTile);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const Float scale = load(s.scales + t * s.part_stride);
-        for (int r = 0; r < some; ++r) {
-          float* total = totals + (row + r) * kTiles * kTile + t * kTile;
-          store(total, fma(load(&sums[r][t * kTile]), scale, load(total)));
-        }
-      }
-    }
   }
 
- private:
   amx::Registers registers_;
 };
 #endif
@@ -270,7 +209,7 @@ void product(const Quantized& a, const typename P::X* x) {
 #pragma omp parallel
   {
     M multiplier;
-    alignas(64) W wide[M::kTiles * M::kWideTile];
+    alignas(64) W wide[M::kSpans * M::kTiles * M::kWideTile];
     alignas(64) float totals[kMost * M::kTiles * kTile];
 #pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < panels * chunks; ++task) {
@@ -278,13 +217,17 @@ void product(const Quantized& a, const typename P::X* x) {
       const int64_t tile = task / chunks * M::kTiles, tiles = std::min<int64_t>(M::kTiles, all_tiles - tile);
       const int64_t tiles_ahead = tile + 2 * M::kTiles <= all_tiles ? M::kTiles : 0;
       std::fill_n(totals, count * M::kTiles * kTile, 0.0f);
-      for (int64_t at = 0; at < a.blocks; at += a.span) {
-        const int64_t parts = (tile * spans + at / a.span) * kTile, blocks = std::min(a.span, a.blocks - at);
-        const Span<W> span{a.codes + tile * tile_codes + at * Bits * kTile, a.zeros + parts, a.scales + parts,
-                           blocks * Bits, tile_codes, spans * kTile, tiles_ahead * tile_codes,
-                           tiles_ahead * spans * kTile, wide};
-        multiplier.span(x + first * stride + at * kUnits, stride, count, span, tiles, totals);
-      }
+      auto span_of = [&](int64_t number) {
+        const int64_t at = std::min(number * a.span, a.blocks), blocks = std::min(a.span, a.blocks - at);
+        const int64_t parts = (tile * spans + number) * kTile;
+        return Span<W>{a.codes + tile * tile_codes + at * Bits * kTile, a.zeros + parts, a.scales + parts,
+                       blocks * Bits, tile_codes, spans * kTile, tiles_ahead * tile_codes,
+                       tiles_ahead * spans * kTile, wide + number % M::kSpans * M::kTiles * M::kWideTile};
+      };
+      multiplier.start(span_of(0), tiles);
+      for (int64_t number = 0; number < spans; ++number)
+        multiplier.span(x + first * stride + number * a.span * kUnits, stride, count, span_of(number),
+                        span_of(number + 1), tiles, totals);
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t column = (tile + t) * kTile;

@@ -229,9 +229,11 @@ class Worker {
         ahead[c] = coming ? next_.keys[std::min(group, coming - 1)] : columns[c];
       }
       if constexpr (kTiles) {
-        for (int64_t u = 0; u < depth_; ++u)
-          for (int c = 0; c < C; ++c) fetch(ahead[c] + u * stride);
-        tiles(first, end, queries_, depth_, columns[0], columns[1], stride, depth_, scores_ + j, kScoreStride);
+        tiles(first, end, queries_, depth_, columns[0], columns[1], stride, depth_, scores_ + j, kScoreStride,
+              [&](int64_t row, int64_t u) __attribute__((always_inline)) {
+          for (int64_t i = u; row == first && i < u + kGroup; ++i)
+            for (int c = 0; c < C; ++c) fetch(ahead[c] + i * stride);
+        });
       } else {
         products<R, C>(first, end, queries_, depth_, depth_, scores_ + j, kScoreStride,
                        [&](int64_t row, int64_t u, int c) {
@@ -289,7 +291,7 @@ class Worker {
       }
       for (int64_t e = 0; e < width_; e += 2 * kGroup)
         tiles(first, span.end, weights, kStride, values_ + e, e + kGroup < width_ ? values_ + e + kGroup : nullptr,
-              width_, whole, to.sums + e, width_);
+              width_, whole, to.sums + e, width_, [](int64_t, int64_t) {});
     } else {
       for (int64_t e = 0; e < width_; e += kValueVectors * kLanes) {
         in_blocks<kValueVectors>(e / kLanes, std::min(e / kLanes + kValueVectors, width_ / kLanes),
@@ -335,13 +337,16 @@ class Worker {
   }
 
 #ifdef FOLO_AMX
+  // The same in tiles; `meanwhile`(row, unit): see amx.h.
+  template <typename F>
   void tiles(int64_t first, int64_t end, const uint32_t* rows, int64_t row_stride, const uint32_t* left,
-             const uint32_t* right, int64_t column_stride, int64_t depth, float* out, int64_t out_stride) {
-    for (int64_t row = first; row < end; row += 2 * amx::kTileRows) {
-      const int count = int(std::min<int64_t>(2 * amx::kTileRows, end - row));
-      amx::block_of(registers_, count, rows + row * row_stride, row_stride, left, right, column_stride, depth,
-                    out + row * out_stride, out_stride);
-    }
+             const uint32_t* right, int64_t column_stride, int64_t depth, float* out, int64_t out_stride,
+             F&& meanwhile) {
+    amx::in_even_blocks(first, end, [&](int64_t row, int count, int64_t) {
+      amx::block_of(registers_, count, rows + row * row_stride, row_stride, left, right, column_stride, depth, false,
+                    out + row * out_stride, out_stride,
+                    [&](int64_t u) __attribute__((always_inline)) { meanwhile(row, u); });
+    });
   }
   amx::Registers registers_;
 #endif
