@@ -15,7 +15,7 @@ from folo.errors import ConfigError
 from folo.inputs import Inputs
 from folo.model.config import DecoderConfig
 from folo.model.params import Layer, Linear, Params, inv_freq
-from folo.ops import reference
+from folo.ops import kv_cache, reference
 from folo.ops.attention import BACKENDS, attention_backend
 from folo.ops.packed import Packed
 from folo.ops.quantized import Quantized
@@ -121,7 +121,7 @@ def layer_in_heap(
 ) -> tuple[Tensor, Tensor]:
     """`decoder_layer` over the heap: write this step's K and V, then attend to the whole context.
 
-    k and v `[num_blocks, block_size, Hkv, E]` are written in place, at `slots` only. attention: one of
+    k and v, one layer of `KVHeap`'s, are written in place, at `slots` only. attention: one of
     `folo.ops.attention.BACKENDS`. The unit that is compiled: one graph serves all layers.
     """
     eps, scale = config.rms_norm_eps, config.head_dim**-0.5
@@ -155,7 +155,7 @@ def hidden_in_heap(
     attention: str,
     layer_function: Any = layer_in_heap,
 ) -> Tensor:
-    """`hidden_states` of a step's tokens over a heap of k and v `[L, num_blocks, block_size, Hkv, E]`."""
+    """`hidden_states` of a step's tokens over the k and v of a `KVHeap`."""
     where = inputs.slots, inputs.block_tables, inputs.query_start, inputs.seq_lens
 
     def run_layer(index: int, *args: Any) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
     if length > config.max_position_embeddings:
         raise ConfigError(f"{length} tokens exceed the model's {config.max_position_embeddings} positions")
     inputs = _one_sequence(token_ids.to(params.device, torch.int64))
-    blocks = (inputs.block_tables.shape[1], _BLOCK, config.num_kv_heads, config.head_dim)
+    blocks = inputs.block_tables.shape[1], _BLOCK, config.num_kv_heads, config.head_dim
 
     def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
         q, k, v = reference.qk_norm_rope(
@@ -210,8 +210,7 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
             )
         hidden = hidden_states(params, inputs.token_ids, inputs.positions, run_layer, reference)
         return logits(params, hidden, reference)
-    shape = (2, config.num_layers, *blocks)
-    k, v = torch.zeros(shape, dtype=params.dtype, device=params.device)
+    k, v = kv_cache.zeros((config.num_layers, *blocks), params.dtype, params.device)
     attention = attention_backend("auto", params.device, params.dtype, _BLOCK, config.head_dim)
     return logits(params, hidden_in_heap(params, k, v, inputs, attention))
 

@@ -14,6 +14,7 @@ from folo.errors import ConfigError
 from folo.model.config import DecoderConfig
 from folo.model.forward import embedded, layers_with_next_norm
 from folo.model.params import Layer, Linear, Params
+from folo.ops import kv_cache
 from folo.ops.packed import Packed
 from folo.ops.stacked import Weight
 from folo.quant.gptq import QuantConfig, gptq, relative_error
@@ -131,7 +132,8 @@ def _attended(config: DecoderConfig, layer: Layer, qkv: Tensor, angles: Tensor) 
     """Attention of one sequence to itself: qkv `[T, (Hq + 2 Hkv) E]` -> `[T, Hq E]`."""
     length = qkv.shape[0]
     num_blocks = -(-length // _BLOCK)
-    k, v = qkv.new_zeros((2, num_blocks, _BLOCK, config.num_kv_heads, config.head_dim))
+    shape = (1, num_blocks, _BLOCK, config.num_kv_heads, config.head_dim)
+    (k,), (v,) = kv_cache.zeros(shape, qkv.dtype, qkv.device)
     slots, tables = torch.arange(length), torch.arange(num_blocks, dtype=torch.int32)[None]
     norms = layer.q_norm, layer.k_norm
     q = ops.qk_norm_rope_write(qkv, angles, *norms, config.rms_norm_eps, k, v, slots)

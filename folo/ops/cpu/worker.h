@@ -14,6 +14,7 @@
 
 #include "blocks.h"
 #include "kernels.h"
+#include "places.h"
 #include "plan.h"
 #include "products.h"
 #include "scratch.h"
@@ -24,7 +25,6 @@
 
 namespace folo::FOLO_ISA {
 
-constexpr int kGroup = 16;                      // keys that lie side by side
 constexpr int kScoreStride = kKeys + 16;        // from row to row: not a power of two, or they share cache lines
 constexpr int kWeightStride = kKeys + 32;
 constexpr float kLog2E = 1.44269504088896341f;
@@ -33,9 +33,6 @@ constexpr int kFewRows = kScoreRows / 2;          // against four: sums enough t
 constexpr int kValueRows = kLanes == 16 ? 6 : 3;
 constexpr int kValueVectors = 4;                // of the head dimension that a block of rows sums at once
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-// To whole vectors and tiles.
-inline int64_t padded(int64_t x) { return (x + 15) / 16 * 16; }
 
 // What a query tile has gathered of the keys so far, or of one tile of them.
 struct Part {
@@ -54,8 +51,8 @@ class Worker {
         group_(a.num_heads / a.num_kv_heads),
         width_(padded(a.head_dim)),
         depth_(kTiles ? padded(a.head_dim / kPer) : a.head_dim / kPer),
-        keys_direct_(a.block_size % kGroup == 0 && depth_ * kPer == a.head_dim),
-        values_direct_(a.block_size % kPer == 0 && width_ == a.head_dim) {
+        here_(a, depth_),
+        next_(a, depth_) {
     take();
     scratch_.allocate();
     take();
@@ -90,10 +87,9 @@ class Worker {
     const int64_t start = span.number * kKeys;
     const int64_t first = std::lower_bound(position_ + span.begin, position_ + span.end, start) - position_;
     const int count = int(span.count);
-    locate(span, tile_.head, keys_direct_, here_);
-    if (!keys_direct_) copy_keys(span);
-    coming_ = next && keys_direct_ && values_direct_ ? int(next->count) : 0;
-    if (coming_) locate(*next, next_head, true, next_);
+    here_.find(span, tile_.head);
+    coming_ = next && next_.keys_direct && next_.values_direct ? int(next->count) : 0;
+    if (coming_) next_.find(*next, next_head);
     score(first, span.end, count);
     for (int64_t r = first; r < span.end; ++r)
       weigh(r, int(std::min<int64_t>(kKeys, position_[r] + 1 - start)), count, to);
@@ -155,57 +151,17 @@ class Worker {
     else return folo::widen(x);
   }
 
-  // Where the keys of a span lie: K of kGroup keys together, side by side, and V of kPer keys.
-  struct Places {
-    const uint32_t* keys[kKeys / kGroup];
-    const uint32_t* values[kKeys / kPer];
-  };
-
   void take() {
     queries_ = scratch_.take<X>(kQueries * depth_);
     position_ = scratch_.take<int64_t>(kQueries);
     row_place_ = scratch_.take<int64_t>(kQueries);
     blank_ = scratch_.take<uint32_t>(width_);
-    last_ = scratch_.take<uint32_t>(width_);
-    if (!keys_direct_) keys_ = scratch_.take<uint32_t>(kKeys * depth_);
-    if (kTiles || !values_direct_) values_ = scratch_.take<uint32_t>(kKeys / kPer * width_);
+    if (kTiles) values_ = scratch_.take<uint32_t>(kKeys / kPer * width_);
+    here_.take(scratch_);
     scores_ = scratch_.take<float>(kQueries * kScoreStride);
     weights_ = scratch_.take<Element>(kQueries * kWeightStride);
     own_ = part_at(scratch_.take<float>(floats_of_part()));
     sum_ = part_at(scratch_.take<float>(floats_of_part()));
-  }
-
-  // f(key of the span, block, slot) for each of its keys at which a block begins, and the first; the keys to the
-  // next one.
-  template <typename F>
-  void in_pieces(const Span& span, F&& f) const {
-    const int64_t start = span.number * kKeys;
-    const int32_t* table = a_.block_tables + span.sequence * a_.table_width + start / a_.block_size;
-    for (int64_t j = 0, slot = start % a_.block_size, run; j < span.count; j += run, slot = 0, ++table) {
-      run = std::min(span.count - j, a_.block_size - slot);
-      f(j, *table, slot, run);
-    }
-  }
-
-  void locate(const Span& span, int64_t head, bool keys, Places& places) const {
-    const auto& strides = a_.strides;
-    in_pieces(span, [&](int64_t j, int64_t block, int64_t slot, int64_t run) {
-      const uint32_t* k = a_.k_cache + block * strides.k_block + head * strides.k_head + slot;
-      for (int64_t i = 0; keys && i < run; i += kGroup) places.keys[(j + i) / kGroup] = k + i;
-      const uint32_t* v = a_.v_cache + block * strides.v_block + head * strides.v_head + slot / kPer * a_.head_dim;
-      for (int64_t i = 0; i < run; i += kPer) places.values[(j + i) / kPer] = v + i / kPer * a_.head_dim;
-    });
-  }
-
-  // K of a span whose keys do not lie in whole groups, or not deep enough for a tile.
-  void copy_keys(const Span& span) {
-    std::fill_n(keys_, kKeys * depth_, 0);
-    in_pieces(span, [&](int64_t j, int64_t block, int64_t slot, int64_t run) {
-      const uint32_t* k = a_.k_cache + block * a_.strides.k_block + tile_.head * a_.strides.k_head + slot;
-      for (int64_t u = 0; u < a_.head_dim / kPer; ++u, k += a_.block_size)
-        for (int64_t i = 0; i < run; ++i) keys_[((j + i) / kGroup * depth_ + u) * kGroup + (j + i) % kGroup] = k[i];
-    });
-    for (int g = 0; g < kKeys / kGroup; ++g) here_.keys[g] = keys_ + g * depth_ * kGroup;
   }
 
   // Scores of rows [first, end) with keys 0 to `count`; those of others in the same vectors are anything.
@@ -219,7 +175,7 @@ class Worker {
 
   template <int R, int C>
   void score_by(int64_t first, int64_t end, int count) {
-    const int64_t stride = keys_direct_ ? a_.block_size : kGroup;
+    const int64_t stride = here_.key_stride;
     const int groups = (count + kGroup - 1) / kGroup, coming = (coming_ + kGroup - 1) / kGroup;
     for (int j = 0; j < count; j += C * kLanes) {
       const uint32_t *columns[C], *ahead[C];
@@ -275,17 +231,12 @@ class Worker {
 
   void value(const Span& span, int64_t first, Part to) {
     const int count = int(span.count), units = (count + kPer - 1) / kPer, coming = (coming_ + kPer - 1) / kPer;
-    if (!values_direct_) {
-      copy_values(span);
-    } else if (count % kPer) {  // the other half of the last unit is a key's that nobody sees
-      for (int64_t i = 0; i < width_; ++i) last_[i] = here_.values[units - 1][i] & 0xFFFF;
-      here_.values[units - 1] = last_;
-    }
+    here_.end_values(count);
     const X* weights = reinterpret_cast<const X*>(weights_);
     constexpr int64_t kStride = kWeightStride / kPer;
     if constexpr (kTiles) {
       const int whole = int(padded(units));
-      for (int u = 0; u < whole && values_direct_; ++u) {
+      for (int u = 0; u < whole; ++u) {
         std::memcpy(values_ + u * width_, u < units ? here_.values[u] : blank_, size_t(width_) * 4);
         for (int64_t i = 0; u < coming && i < width_; i += kGroup) fetch(next_.values[u] + i);
       }
@@ -308,22 +259,6 @@ class Worker {
     }
     for (int u = units; u < coming; ++u)
       for (int64_t i = 0; i < width_; i += kGroup) fetch(next_.values[u] + i);
-  }
-
-  // V of a span whose keys do not lie in whole units, or rows in whole vectors.
-  void copy_values(const Span& span) {
-    using Part = std::conditional_t<kPer == 2, uint16_t, uint32_t>;
-    std::fill_n(values_, kKeys / kPer * width_, 0);
-    auto* to = reinterpret_cast<Part*>(values_);
-    in_pieces(span, [&](int64_t j, int64_t block, int64_t slot, int64_t run) {
-      const auto* v = reinterpret_cast<const Part*>(a_.v_cache + block * a_.strides.v_block +
-                                                    tile_.head * a_.strides.v_head);
-      for (int64_t i = 0; i < run; ++i)
-        for (int64_t e = 0; e < a_.head_dim; ++e)
-          to[((j + i) / kPer * width_ + e) * kPer + (j + i) % kPer] =
-              v[((slot + i) / kPer * a_.head_dim + e) * kPer + (slot + i) % kPer];
-    });
-    for (int u = 0; u < kKeys / kPer; ++u) here_.values[u] = values_ + u * width_;
   }
 
   // The products of rows [first, end) of this query tile: `out` begins at row 0, and so do `rows`.
@@ -353,14 +288,12 @@ class Worker {
 
   const Attention& a_;
   const int64_t group_, width_, depth_;  // of the head dimension: in whole vectors; in units
-  const bool keys_direct_, values_direct_;
   Scratch scratch_;
   Tile tile_{};
-  Places here_, next_;
+  Places<kPer> here_, next_;
   int coming_ = 0;  // keys of the next span
   X* queries_ = nullptr;
-  uint32_t *keys_ = nullptr, *values_ = nullptr;  // copies
-  uint32_t *blank_ = nullptr, *last_ = nullptr;   // a row of zeros; the last row of V
+  uint32_t *values_ = nullptr, *blank_ = nullptr;  // rows of V, side by side for tiles; one of zeros
   int64_t *position_ = nullptr, *row_place_ = nullptr;
   float* scores_ = nullptr;
   Element* weights_ = nullptr;
