@@ -92,9 +92,7 @@ class Result:
         if self.share >= 0.9:
             return "-"
         if self.op == "attention":
-            return (
-                "softmax, keys into lanes" if "prefill" in self.shape else "keys into lanes, part of the wait"
-            )
+            return "softmax" if "prefill" in self.shape else "K and V that come late"
         if self.num_bytes < _SMALL:
             return "waking threads, first lines"
         return "weights that come late"

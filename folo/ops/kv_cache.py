@@ -37,15 +37,20 @@ def zeros(
 
 
 def read(k: Tensor, v: Tensor, block: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V of one layer at slots of blocks: indices int64 of any shape -> `[..., heads, head_dim]`."""
-    if k.ndim == 4:
-        return k[block, slot], v[block, slot]
-    return k[block, slot].flatten(-2), v[block, slot // 2, slot % 2]
+    """K and V at slots of blocks, of one layer or of all: indices int64 `[...]` -> `[(L,) ..., heads, E]`."""
+    if not _paired(k, v):
+        return k[..., block, slot, :, :], v[..., block, slot, :, :]
+    return k[..., block, slot, :, :, :].flatten(-2), v[..., block, slot // 2, slot % 2, :, :]
 
 
 def write(k: Tensor, v: Tensor, block: Tensor, slot: Tensor, new_k: Tensor, new_v: Tensor) -> None:
-    """Put K and V `[..., heads, head_dim]` there, in place."""
-    if k.ndim == 4:
-        k[block, slot], v[block, slot] = new_k, new_v
+    """Put there, in place, what `read` would give."""
+    if not _paired(k, v):
+        k[..., block, slot, :, :], v[..., block, slot, :, :] = new_k, new_v
     else:
-        k[block, slot], v[block, slot // 2, slot % 2] = new_k.unflatten(-1, (-1, 2)), new_v
+        k[..., block, slot, :, :, :] = new_k.unflatten(-1, (-1, 2))
+        v[..., block, slot // 2, slot % 2, :, :] = new_v
+
+
+def _paired(k: Tensor, v: Tensor) -> bool:
+    return k.shape != v.shape

@@ -77,14 +77,11 @@ class KVHeap:
 
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of whole blocks, indices int64 `[B]` -> `[num_layers, B, block_size, heads, head_dim]`."""
-        layers = [kv_cache.read(k, v, *self._slots(blocks)) for k, v in zip(self.k, self.v, strict=True)]
-        k, v = zip(*layers, strict=True)
-        return torch.stack(k), torch.stack(v)
+        return kv_cache.read(self.k, self.v, *self._slots(blocks))
 
     def write(self, blocks: Tensor, k: Tensor, v: Tensor) -> None:
         """Put there what `read` gave."""
-        for layer in zip(self.k, self.v, k, v, strict=True):
-            kv_cache.write(*layer[:2], *self._slots(blocks), *layer[2:])
+        kv_cache.write(self.k, self.v, *self._slots(blocks), k, v)
 
     def _slots(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         return blocks[:, None], torch.arange(self.k.shape[2], device=blocks.device)
