@@ -50,7 +50,7 @@ _SANITIZERS = "-fsanitize=address,undefined"  # under FOLO_SANITIZE=1: see `make
 
 def _flags() -> str:
     if os.environ.get("FOLO_SANITIZE"):
-        # Not optimised: where every access is checked, gcc takes an hour over the kernels that it unrolls.
+        # Not optimised: over unrolled loops with a check of every access, gcc takes longer than all tests.
         return f"{_COMMON} {_SANITIZERS} -fno-sanitize-recover=undefined -g".replace("-O3", "-O0")
     return _COMMON
 
