@@ -119,8 +119,8 @@ struct Multiplier<Pairs> {
     const int64_t part = several ? kPart : depth;
     alignas(64) float sums[kMost][2 * kTile];
     for (int64_t k = 0; k < depth; k += part) {
-      const bool more = k + part < depth;
-      const char* coming = more ? reinterpret_cast<const char*>(left + (k + part) * kTile) : several ? ahead.at : nullptr;
+      const char* coming = several ? ahead.at : nullptr;
+      if (k + part < depth) coming = reinterpret_cast<const char*>(left + (k + part) * kTile);
       amx::in_even_blocks(first, end, [&](int64_t row, int count, int64_t fresh) {
         // Of the lines to come, each block of rows fetches every other, every third, or every fourth. Inlined: gcc
         // drops the call of a function that does nothing else.
