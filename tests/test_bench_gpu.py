@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +25,16 @@ def test_a_part_that_ends_is_kept_with_what_it_printed(tmp_path: Path) -> None:
     assert log.read_text() == first.output + second.output
 
 
-def test_a_part_that_runs_past_its_limit_is_interrupted_and_says_how_far_it_came(tmp_path: Path) -> None:
-    outcome = run(Part("endless", ("timeit", "-n", "1", ENDLESS), 60), 5, tmp_path / "log.txt")
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["front", "background"])
+def test_a_part_that_runs_past_its_limit_is_interrupted_and_says_how_far_it_came(
+    handler: Any, tmp_path: Path
+) -> None:
+    """Also where a shell has started all this in its background, which has interrupts ignored."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        outcome = run(Part("endless", ("timeit", "-n", "1", ENDLESS), 60), 5, tmp_path / "log.txt")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert outcome.exit_status is None
     assert "interrupted" in outcome.output
     assert outcome.seconds < 50
