@@ -134,28 +134,31 @@ def test_forward_gives_the_bits_of_the_engine(name: str, dtype: torch.dtype, tmp
     "name", ["llama biases", "llama wide heads", "llama one layer", "llama three to one", "qwen3", "qwen2"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_layer_in_one_call_is_its_ops_one_by_one(
+def test_layers_in_one_call_are_their_ops_one_by_one(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Packed weights go through `ops.decoder_layer`, in C++; plain ones op by op."""
+    """Packed weights go through `ops.decoder_layers`, all at once or one by one; plain ones op by op."""
     _, params = build(tmp_path, name, dtype)
     assert params.packed
     called: list[Any] = []
-    whole = ops.decoder_layer
+    whole = ops.decoder_layers
 
     def count(*args: Any) -> tuple[Tensor, Tensor]:
         called.append(args)
         return whole(*args)
 
-    monkeypatch.setattr(ops, "decoder_layer", count)
+    monkeypatch.setattr(ops, "decoder_layers", count)
     logits = folo.model.forward(params, tokens(75))
-    assert len(called) == params.config.num_layers
-    torch.library.opcheck(
-        torch.ops.folo.decoder_layer.default, called[0], test_utils=("test_schema", "test_faketensor")
-    )
+    assert len(called) == 1
+    op = torch.ops.folo.decoder_layers.default
+    torch.library.opcheck(op, called[0], test_utils=("test_schema", "test_faketensor"))
     module = importlib.import_module("folo.model.forward")  # `folo.model.forward` is the function
-    monkeypatch.setattr(module, "_all_own", lambda weights: False)
+    monkeypatch.setattr(module, "_FEW_ROWS", 74)
     assert torch.equal(folo.model.forward(params, tokens(75)), logits)
+    assert len(called) == 1 + params.config.num_layers
+    monkeypatch.setattr(module, "in_groups", lambda layers: None)
+    assert torch.equal(folo.model.forward(params, tokens(75)), logits)
+    assert len(called) == 1 + params.config.num_layers
     plain = folo.load(tmp_path, dtype=dtype, pack=False, use_tqdm=False)
     assert torch.equal(folo.model.forward(plain, tokens(75)), logits)
 

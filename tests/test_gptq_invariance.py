@@ -70,21 +70,21 @@ def test_forward_is_what_the_engine_computes(params: folo.Params) -> None:
 def test_a_layer_in_one_call_is_its_ops_one_by_one(
     style: Style, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second layer has a dense part, and is not one call."""
+    """The second layer has a dense part, and is not one call; so neither are all of them."""
     gptq_checkpoint(tmp_path, style, skip=("layers.1.self_attn.v_proj",), architecture="qwen3")
     params = folo.load(tmp_path, dtype=dtype, use_tqdm=False)
     called: list[Any] = []
-    whole = ops.decoder_layer
+    whole = ops.decoder_layers
 
     def count(*args: Any) -> tuple[Tensor, Tensor]:
         called.append(args)
         return whole(*args)
 
     ids = torch.tensor(prompt(40))
-    monkeypatch.setattr(ops, "decoder_layer", count)
+    monkeypatch.setattr(ops, "decoder_layers", count)
     logits = folo.model.forward(params, ids)
     assert len(called) == params.config.num_layers - 1
-    op = torch.ops.folo.decoder_layer.default
+    op = torch.ops.folo.decoder_layers.default
     torch.library.opcheck(op, called[0], test_utils=("test_schema", "test_faketensor"))
     monkeypatch.setattr(ops, "is_own", lambda weight: False)
     assert torch.equal(folo.model.forward(params, ids), logits)

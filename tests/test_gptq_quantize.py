@@ -16,8 +16,8 @@ from torch import Tensor
 
 import folo
 from folo import cli, quant
-from folo.model.forward import embedded, layers_with_next_norm, logits
-from folo.model.params import Linear
+from folo.model.forward import embedded, logits
+from folo.model.params import Linear, layers_with_next_norm
 from folo.ops.quantized import Grouped, Quantized, quantized
 from folo.quant import decoder
 from folo.quant.gptq import gptq, relative_error

@@ -121,7 +121,7 @@ def test_a_compiled_step_holds_no_arithmetic_of_its_own(
     assert len(recorder.graphs) == 1
     assert own_arithmetic(recorder.nodes) == []
     called = {str(node.target) for node in recorder.nodes if node.op == "call_function"}
-    expected_ops = ("decoder_layer", "packed_linear", "draw", "copy_blocks")
+    expected_ops = ("decoder_layers", "packed_linear", "draw", "copy_blocks")
     assert {f"folo.{op}.default" for op in expected_ops} <= called
     assert torch.equal(k, state.heap.k)
     assert torch.equal(v, state.heap.v)

@@ -132,13 +132,13 @@ def test_other_parameters_are_refused(tiny: folo.Params) -> None:
         folo.step(replace(tiny), state, batch)
 
 
-@pytest.mark.parametrize("op", ["linear", "paged_attention", "qk_norm_rope_write", "decoder_layer", "draw"])
+@pytest.mark.parametrize("op", ["linear", "paged_attention", "qk_norm_rope_write", "decoder_layers", "draw"])
 def test_a_step_that_fails_leaves_the_state_to_go_on_from(
     tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, op: str
 ) -> None:
     from folo import ops
 
-    tiny = folo.load(tiny_dir, pack=op == "decoder_layer", use_tqdm=False)
+    tiny = folo.load(tiny_dir, pack=op == "decoder_layers", use_tqdm=False)
     state = started(tiny, block_size=8)
     expected = folo.outputs(finish_all(tiny, state))
     real, calls = getattr(ops, op), 0
@@ -146,7 +146,7 @@ def test_a_step_that_fails_leaves_the_state_to_go_on_from(
     def failing(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls > 1 or op == "draw":
+        if calls > 1 or op in ("decoder_layers", "draw"):
             raise RuntimeError("injected")
         return real(*args)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeGuard
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +14,15 @@ from folo import ops
 from folo.errors import ConfigError
 from folo.inputs import Inputs
 from folo.model.config import DecoderConfig
-from folo.model.params import Layer, Linear, Params, inv_freq
+from folo.model.params import Layer, Linear, Params, in_groups, inv_freq, layers_with_next_norm
 from folo.ops import kv_cache, reference
 from folo.ops.attention import BACKENDS, attention_backend
 from folo.ops.packed import Packed
-from folo.ops.quantized import Quantized
-from folo.ops.stacked import Weight
 
 # attend(layer, qkv [T, (Hq + 2 Hkv) E], angles [T, E]) -> [T, Hq E]
 Attend = Callable[[Layer, Tensor, Tensor], Tensor]
 
+_FEW_ROWS = 256  # that all layers take in one call; a call with more could not be interrupted for long
 _BLOCK = 16  # `forward` keeps K and V in blocks too: the attention op knows no other layout
 
 
@@ -57,12 +56,6 @@ def embedded(
     embed = params.embed
     residual = embed.rows(token_ids) if isinstance(embed, Packed) else embed[token_ids]
     return op.rms_norm(residual, params.layers[0].input_norm, params.config.rms_norm_eps), residual, angles
-
-
-def layers_with_next_norm(params: Params) -> Iterator[tuple[Layer, Tensor]]:
-    """Each layer, and the norm of the one after it, which closes the layer: see `decoder_layer`."""
-    following = (*(layer.input_norm for layer in params.layers[1:]), params.norm)
-    return zip(params.layers, following, strict=True)
 
 
 def decoder_layer(
@@ -124,16 +117,10 @@ def layer_in_heap(
     k and v, one layer of `KVHeap`'s, are written in place, at `slots` only. attention: one of
     `folo.ops.attention.BACKENDS`. The unit that is compiled: one graph serves all layers.
     """
-    eps, scale = config.rms_norm_eps, config.head_dim**-0.5
     where = slots, block_tables, query_start, seq_lens
-    weights = layer.qkv.weight, layer.out.weight, layer.gate_up.weight, layer.down.weight
-    if _all_own(weights) and attention == "cpu":
-        qkv, out, gate_up, down = (weight.parts for weight in weights)
-        return ops.decoder_layer(
-            *(x, residual, angles, qkv, layer.qkv.bias, layer.q_norm, layer.k_norm, out, layer.out.bias),
-            *(layer.post_norm, gate_up, layer.gate_up.bias, down, layer.down.bias, next_norm),
-            *(config.num_heads, config.intermediate_size, eps, scale, k, v, *where),
-        )
+    if attention == "cpu" and (own := in_groups([(layer, next_norm)])):
+        return ops.decoder_layers(x, residual, angles, *own, *_sizes(config), [k], [v], *where)
+    eps, scale = config.rms_norm_eps, config.head_dim**-0.5
 
     def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
         q = ops.qk_norm_rope_write(qkv, angles, layer.q_norm, layer.k_norm, eps, k, v, slots)
@@ -143,8 +130,8 @@ def layer_in_heap(
     return decoder_layer(attend, layer, next_norm, x, residual, angles, eps)
 
 
-def _all_own(weights: tuple[Weight, ...]) -> TypeGuard[tuple[Packed | Quantized, ...]]:
-    return all(map(ops.is_own, weights))
+def _sizes(config: DecoderConfig) -> tuple[int, int, float, float]:
+    return config.num_heads, config.intermediate_size, config.rms_norm_eps, config.head_dim**-0.5
 
 
 def hidden_in_heap(
@@ -157,6 +144,15 @@ def hidden_in_heap(
 ) -> Tensor:
     """`hidden_states` of a step's tokens over the k and v of a `KVHeap`."""
     where = inputs.slots, inputs.block_tables, inputs.query_start, inputs.seq_lens
+    if (
+        layer_function is layer_in_heap
+        and attention == "cpu"
+        and inputs.token_ids.shape[0] <= _FEW_ROWS
+        and not torch.compiler.is_compiling()
+        and (own := params.own_layers)
+    ):
+        begin = embedded(params, inputs.token_ids, inputs.positions)
+        return ops.decoder_layers(*begin, *own, *_sizes(params.config), k.unbind(), v.unbind(), *where)[0]
 
     def run_layer(index: int, *args: Any) -> tuple[Tensor, Tensor]:
         return layer_function(params.config, attention, *args, k[index], v[index], *where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import sha256
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from folo import ops
 from folo.model.config import DecoderConfig
 from folo.ops.packed import Packed
 from folo.ops.quantized import Quantized
@@ -41,6 +43,25 @@ class Layer:
     post_norm: Tensor  # [D]
     gate_up: Linear  # weight [2 I, D], rows: gate, then up
     down: Linear  # weight [D, I]
+
+
+def in_groups(layers: Iterable[tuple[Layer, Tensor]]) -> tuple[list[Tensor], list[int]] | None:
+    """`layers_with_next_norm` as `ops.decoder_layers` takes them: tensors in groups, one after the other, and
+    how many each group has; None if a weight is not for it."""
+    groups: list[list[Tensor]] = []
+    for layer, next_norm in layers:
+        weights = [linear.weight for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        qkv, out, gate_up, down = (weight.parts if ops.is_own(weight) else [] for weight in weights)
+        if not (qkv and out and gate_up and down):
+            return None
+        groups += [qkv, _optional(layer.qkv.bias), _optional(layer.q_norm), _optional(layer.k_norm)]
+        groups += [out, _optional(layer.out.bias), [layer.post_norm]]
+        groups += [gate_up, _optional(layer.gate_up.bias), down, _optional(layer.down.bias), [next_norm]]
+    return [tensor for group in groups for tensor in group], [len(group) for group in groups]
+
+
+def _optional(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +111,11 @@ class Params:
         """Rotary frequencies, float32 (float64 for float64 weights) `[E/2]`, on the weights' device."""
         return inv_freq(self.config, self.dtype, self.device)
 
+    @cached_property
+    def own_layers(self) -> tuple[list[Tensor], list[int]] | None:
+        """All layers as `ops.decoder_layers` takes them; None if it does not take all."""
+        return in_groups(layers_with_next_norm(self))
+
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(weight.shape) for weight in _weights(self))
@@ -98,6 +124,12 @@ class Params:
     def num_bytes(self) -> int:
         """Of the weights in memory, but for the padding of packed ones."""
         return sum(_num_bytes(weight) for weight in _weights(self))
+
+
+def layers_with_next_norm(params: Params) -> Iterator[tuple[Layer, Tensor]]:
+    """Each layer, and the norm of the one after it, which closes the layer."""
+    following = (*(layer.input_norm for layer in params.layers[1:]), params.norm)
+    return zip(params.layers, following, strict=True)
 
 
 def inv_freq(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ Shapes, dtypes and sources stand at each function of `folo.ops.reference` and `f
 from folo.ops.library import (
     add_rms_norm,
     copy_blocks,
-    decoder_layer,
+    decoder_layers,
     draw,
     gated_linear,
     is_own,
@@ -34,7 +34,7 @@ from folo.ops.quantized import quantized
 __all__ = [
     "add_rms_norm",
     "copy_blocks",
-    "decoder_layer",
+    "decoder_layers",
     "draw",
     "gated_linear",
     "is_own",

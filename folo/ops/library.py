@@ -101,7 +101,7 @@ def packed(weight: Tensor, arena: Arena | None = None) -> Tensor | Packed:
 
 
 def is_own(weight: Weight) -> TypeGuard[Packed | Quantized]:
-    """Whether `decoder_layer` takes the weight: it lies in a layout of the CPU's kernels, which are there."""
+    """Whether `decoder_layers` takes the weight: it lies in a layout of the CPU's kernels."""
     return _HAS_KERNELS and isinstance(weight, (Packed, Quantized)) and weight.device.type == "cpu"
 
 
@@ -139,13 +139,10 @@ paged_attention = _op(
     reference.paged_attention,
     lambda q, *_: q.new_empty(q.shape),
 )
-decoder_layer = _op(
-    "decoder_layer(Tensor x, Tensor residual, Tensor angles, Tensor[] qkv, Tensor? qkv_bias, Tensor? q_norm, "
-    "Tensor? k_norm, Tensor[] out, Tensor? out_bias, Tensor post_norm, Tensor[] gate_up, "
-    "Tensor? gate_up_bias, Tensor[] down, Tensor? down_bias, Tensor next_norm, int num_heads, int inner, "
-    "float eps, float scale, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor block_tables, Tensor query_start, "
-    "Tensor seq_lens) -> (Tensor, Tensor)",
+decoder_layers = _op(
+    "decoder_layers(Tensor x, Tensor residual, Tensor angles, Tensor[] weights, int[] sizes, int num_heads, "
+    "int inner, float eps, float scale, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor slots, "
+    "Tensor block_tables, Tensor query_start, Tensor seq_lens) -> (Tensor, Tensor)",
     None,  # the kernels' own: weights are the `parts` of their layouts
     lambda x, residual, *_: (torch.empty_like(x), torch.empty_like(residual)),
 )

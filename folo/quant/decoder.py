@@ -12,8 +12,8 @@ from tqdm import tqdm
 from folo import ops
 from folo.errors import ConfigError
 from folo.model.config import DecoderConfig
-from folo.model.forward import embedded, layers_with_next_norm
-from folo.model.params import Layer, Linear, Params
+from folo.model.forward import embedded
+from folo.model.params import Layer, Linear, Params, layers_with_next_norm
 from folo.ops import kv_cache
 from folo.ops.packed import Packed
 from folo.ops.stacked import Weight

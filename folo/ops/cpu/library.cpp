@@ -276,23 +276,56 @@ Tensor gated_linear_of(const Tensor& x, at::TensorList weight, int64_t n, const 
   return silu_mul(linear_of(x, weight, n, bias));
 }
 
-// A decoder layer, its ops one after the other: to call them from Python takes longer than some of them do. What
+// Tensors one after the other, in groups of these sizes.
+struct Groups {
+  at::TensorList tensors;
+  at::IntArrayRef sizes;
+
+  at::TensorList next() {
+    TORCH_CHECK(!sizes.empty() && sizes[0] >= 0 && size_t(sizes[0]) <= tensors.size(),
+                "decoder layers are 12 groups of tensors each");
+    const at::TensorList group = tensors.slice(0, size_t(sizes[0]));
+    tensors = tensors.slice(group.size());
+    sizes = sizes.slice(1);
+    return group;
+  }
+  const Tensor& one() {
+    const at::TensorList group = next();
+    TORCH_CHECK(group.size() == 1, "a norm is one tensor");
+    return group[0];
+  }
+  Maybe optional() {
+    const at::TensorList group = next();
+    return group.empty() ? Maybe() : Maybe(group[0]);
+  }
+};
+
+// Decoder layers, their ops one after the other: to call them from Python takes longer than some of them do. What
 // folo/model/forward.py does op by op where weights are plain.
-std::tuple<Tensor, Tensor> decoder_layer(
-    const Tensor& x, const Tensor& residual, const Tensor& angles, at::TensorList qkv, const Maybe& qkv_bias,
-    const Maybe& q_norm, const Maybe& k_norm, at::TensorList out, const Maybe& out_bias, const Tensor& post_norm,
-    at::TensorList gate_up, const Maybe& gate_up_bias, at::TensorList down, const Maybe& down_bias,
-    const Tensor& next_norm, int64_t num_heads, int64_t inner, double eps, double scale, Tensor k_cache,
-    Tensor v_cache, const Tensor& slots, const Tensor& block_tables, const Tensor& query_start,
-    const Tensor& seq_lens) {
-  const int64_t hidden = x.size(1), width = (num_heads + 2 * k_cache.size(2)) * angles.size(1);
-  const Tensor q = qk_norm_rope_write(linear_of(x, qkv, width, qkv_bias), angles, q_norm, k_norm, eps, k_cache,
-                                      v_cache, slots);
-  const Tensor attended = paged_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, scale).flatten(1);
-  const auto [normed, total] =
-      add_rms_norm(linear_of(attended, out, hidden, out_bias), residual, post_norm, eps);
-  const Tensor gated = gated_linear_of(normed, gate_up, 2 * inner, gate_up_bias);
-  return add_rms_norm(linear_of(gated, down, hidden, down_bias), total, next_norm, eps);
+std::tuple<Tensor, Tensor> decoder_layers(
+    const Tensor& x, const Tensor& residual, const Tensor& angles, at::TensorList weights, at::IntArrayRef sizes,
+    int64_t num_heads, int64_t inner, double eps, double scale, at::TensorList k_caches, at::TensorList v_caches,
+    const Tensor& slots, const Tensor& block_tables, const Tensor& query_start, const Tensor& seq_lens) {
+  TORCH_CHECK(k_caches.size() == v_caches.size(), "each layer has a K and a V");
+  Groups groups{weights, sizes};
+  Tensor normed = x, total = residual;
+  for (size_t layer = 0; layer < k_caches.size(); ++layer) {
+    const Tensor &k = k_caches[layer], &v = v_caches[layer];
+    const auto linear = [&](const Tensor& rows, int64_t n) {
+      const at::TensorList weight = groups.next();
+      return linear_of(rows, weight, n, groups.optional());
+    };
+    const Tensor qkv = linear(normed, (num_heads + 2 * k.size(2)) * angles.size(1));
+    const Maybe q_norm = groups.optional(), k_norm = groups.optional();
+    const Tensor q = qk_norm_rope_write(qkv, angles, q_norm, k_norm, eps, k, v, slots);
+    const Tensor attended = paged_attention(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1);
+    const Tensor out = linear(attended, x.size(1));
+    std::tie(normed, total) = add_rms_norm(out, total, groups.one(), eps);
+    const at::TensorList gate_up = groups.next();
+    const Tensor down = linear(gated_linear_of(normed, gate_up, 2 * inner, groups.optional()), x.size(1));
+    std::tie(normed, total) = add_rms_norm(down, total, groups.one(), eps);
+  }
+  return {normed, total};
 }
 
 bool floats(const Tensor& logits) { return kernels && logits.scalar_type() == at::kFloat; }
@@ -389,7 +422,7 @@ TORCH_LIBRARY_IMPL(folo, CPU, m) {
   m.impl("silu_mul", &silu_mul);
   m.impl("qk_norm_rope_write", &qk_norm_rope_write);
   m.impl("paged_attention", &paged_attention);
-  m.impl("decoder_layer", &decoder_layer);
+  m.impl("decoder_layers", &decoder_layers);
   m.impl("philox", &philox);
   m.impl("penalize", &penalize);
   m.impl("warp", &warp);

@@ -20,14 +20,24 @@
 namespace folo::FOLO_ISA {
 namespace {
 
-// The weights that a thread needs next, fetched into its second cache while it multiplies the present ones.
+// Weights that a thread is going to need, fetched into its second cache while it multiplies others. Tiles are short,
+// and a CPU that looks ahead by itself begins anew with each.
 struct Ahead {
-  const char *at = nullptr, *end = nullptr;
-  void fetch() {
-    if (at < end) {
-      _mm_prefetch(at, _MM_HINT_T1);
-      at += 64;
+  static constexpr int64_t kLead = 16;        // steps
+  const char *at = nullptr, *end = nullptr;  // what of the panel after this one is not fetched yet
+  int64_t lines = 0;                         // of it, at each step of each block of rows; 0: there is one block
+
+  // At step k of C tiles, of `line` bytes a step. One block of rows leaves no time for the next panel: what is fetched
+  // are the weights of a few steps later.
+  template <int C>
+  void fetch(const char* tiles, int64_t line, int64_t depth, int64_t k) {
+    if (!lines) {
+      const int64_t later = k + kLead - depth;
+      const char* from = later < 0 ? tiles + (k + kLead) * line : at ? at + later * line : nullptr;
+      for (int c = 0; from && c < C; ++c) _mm_prefetch(from + c * depth * line, _MM_HINT_T1);
+      return;
     }
+    for (int64_t n = 0; n < lines && at < end; ++n, at += 64) _mm_prefetch(at, _MM_HINT_T1);
   }
 };
 
@@ -58,7 +68,7 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
   const typename P::X* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = x + (row + r) * depth;
   for (int64_t k = 0; k < depth; ++k) {
-    ahead.fetch();
+    ahead.fetch<C>(reinterpret_cast<const char*>(w), kTile * int64_t(sizeof(*w)), depth, k);
     decltype(P::columns(w)) columns[V];
     for (int v = 0; v < V; ++v)
       columns[v] = P::columns(w + ((v / kVectors) * depth + k) * kTile + (v % kVectors) * kLanes);
@@ -78,7 +88,7 @@ struct Multiplier {
   static constexpr int64_t kChunkBytes = 256 << 10;                // of x that a thread goes over tile by tile
   using O = Out<typename P::T>;
 
-  static bool fetches_ahead(int64_t m, int64_t chunks) { return chunks == 1 && m > kRows; }
+  static bool fetches_ahead(int64_t chunks) { return chunks == 1; }
 
   void panel(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
              int64_t last, const O& out, Ahead& ahead) {
@@ -108,8 +118,10 @@ struct Multiplier<Pairs> {
   static constexpr int64_t kChunkBytes = 1 << 20;
   // Pairs of a weight that all rows are multiplied with before the next ones: few enough to stay in the first cache.
   static constexpr int64_t kPart = 128;
+  // How far ahead weights are fetched that one block of rows reads: two tiles of it are what memory takes its time for.
+  static constexpr int64_t kLead = 2 * kTile;
 
-  static bool fetches_ahead(int64_t m, int64_t) { return m > kHigh; }
+  static bool fetches_ahead(int64_t) { return true; }
 
   void panel(const Linear& a, const uint32_t* x, int64_t depth, int64_t first, int64_t end, int64_t tile, int64_t last,
              const Out<bf16>& out, Ahead& ahead) {
@@ -119,16 +131,20 @@ struct Multiplier<Pairs> {
     const int64_t part = several ? kPart : depth;
     alignas(64) float sums[kMost][2 * kTile];
     for (int64_t k = 0; k < depth; k += part) {
-      const char* coming = several ? ahead.at : nullptr;
-      if (k + part < depth) coming = reinterpret_cast<const char*>(left + (k + part) * kTile);
+      const char* coming = k + part < depth ? reinterpret_cast<const char*>(left + (k + part) * kTile) : ahead.at;
       amx::in_even_blocks(first, end, [&](int64_t row, int count, int64_t fresh) {
         // Of the lines to come, each block of rows fetches every other, every third, or every fourth. Inlined: gcc
         // drops the call of a function that does nothing else.
         const int64_t own = (fresh - first) / count, blocks = (end - first + count - 1) / count;
         const auto fetch = [&](int64_t pair) __attribute__((always_inline)) {
-          if (!coming) return;
-          for (int64_t line = pair + own; line < pair + kTile; line += blocks)
-            for (int64_t t = 0; t < last - tile; ++t) _mm_prefetch(coming + (t * depth + line) * 64, _MM_HINT_T1);
+          const char* from = coming ? coming + pair * 64 : nullptr;
+          if (!several) {
+            const int64_t later = pair + kLead - depth;
+            from = later < 0 ? reinterpret_cast<const char*>(left + (pair + kLead) * kTile)
+                             : coming ? coming + later * 64 : nullptr;
+          }
+          for (int64_t line = own; from && line < kTile; line += blocks)
+            for (int64_t t = 0; t < last - tile; ++t) _mm_prefetch(from + (t * depth + line) * 64, _MM_HINT_T1);
         };
         amx::block_of(registers_, count, x + row * depth + k, depth, left + k * kTile,
                       right ? right + k * kTile : nullptr, kTile, std::min(part, depth - k), k > 0,
@@ -170,7 +186,9 @@ void product(const Linear& a, const typename P::X* x, int64_t depth) {
     // Weights from `tile` on, `next` being those that come after.
     auto panel = [&](int64_t first, int64_t end, int64_t tile, int64_t last, int64_t next, const Out<T>& out) {
       Ahead ahead;
-      if (M::fetches_ahead(a.m, chunks) && next < all_tiles) {
+      if (const int64_t blocks = (end - first + M::kHigh - 1) / M::kHigh; blocks > 1)
+        ahead.lines = (M::kTiles + blocks - 1) / blocks;
+      if (M::fetches_ahead(chunks) && next < all_tiles) {
         ahead.at = static_cast<const char*>(a.weight) + next * tile_bytes;
         ahead.end = ahead.at + std::min<int64_t>(all_tiles - next, M::kTiles) * tile_bytes;
       }
