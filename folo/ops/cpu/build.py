@@ -28,6 +28,7 @@ _ISAS = {
     "avx512_bf16": f"-DFOLO_AVX512_BF16 {_AVX512} -mavx512bf16",
     "amx": f"-DFOLO_AMX {_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
+_OPERATORS = ("layers", "library")
 # What has nothing to gain from an instruction set is not compiled for it.
 _UNITS = {
     "linear": ("avx2", "avx512", "avx512_bf16", "amx"),
@@ -117,14 +118,14 @@ def _compile(compiler: str, target: Path, key: str) -> None:
                 out = f"{directory}/{unit}.{isa}.o"
                 commands[out] = [*flags.split(), *_ISAS[isa].split(), "-c", f"{SOURCES / unit}.cpp"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        first = f"{directory}/library.o"
         glue = [
             *flags.replace("c++17", "c++20").replace("-O3", "-O1").split(),
             abi,
             *include,
             f'-DFOLO_BUILD_KEY="{key}"',
         ]
-        commands = {first: [*glue, "-c", str(SOURCES / "library.cpp")], **commands}
+        operators = {f"{directory}/{unit}.o": [*glue, "-c", f"{SOURCES / unit}.cpp"] for unit in _OPERATORS}
+        commands = {**operators, **commands}  # those that take longest first
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda item: _run([compiler, *item[1], "-o", item[0]]), commands.items()))
         partial = f"{directory}/kernels.so"

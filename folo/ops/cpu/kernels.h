@@ -1,4 +1,4 @@
-// What the sources of each instruction set offer to library.cpp: plain functions on plain memory.
+// What the sources of each instruction set offer to library.cpp and layers.cpp: plain functions on plain memory.
 #pragma once
 
 #include <cstdint>

@@ -1,39 +1,21 @@
-// The kernels as torch operators: checks, output tensors, and the choice of the instruction set.
-#include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+// The choice of the instruction set, and the kernels of the sampler as torch operators.
+#include "library.h"
+
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <torch/library.h>
 #include <unistd.h>
 
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-
 // For tests on a CPU without AMX: there where a library is preloaded that carries its instructions out.
 extern "C" [[gnu::weak]] bool folo_has_amx_tiles();
 
 namespace folo {
+
+const Kernels* kernels = nullptr;
+
 namespace {
-
-using at::Tensor;
-
-struct Kernels {
-  const char* name;
-  bool (*runs_here)();
-  void (*linear)(const Linear&);
-  void (*quantized)(const Quantized&);
-  void (*norm)(const Norm&);
-  void (*silu_mul)(const SiluMul&);
-  void (*rope)(const Rope&);
-  void (*attention)(const Attention&);
-  void (*philox)(const Philox&);
-  void (*penalize)(const Penalize&);
-  void (*warp)(const Warp&);
-  void (*draw)(const Draw&);
-  void (*logprobs)(const Logprobs&);
-};
 
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -66,7 +48,6 @@ const Kernels kKernels[] = {
     FOLO_KERNELS(avx2, avx2, avx2),
 };
 const char kReference[] = "reference";
-const Kernels* kernels = nullptr;  // null: the reference. Chosen once, on import; tests choose again
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
@@ -89,244 +70,6 @@ void use(std::string name) {
 }
 
 std::string in_use() { return kernels ? kernels->name : kReference; }
-
-bool known(const Tensor& x) {
-  const at::ScalarType type = x.scalar_type();
-  return kernels && (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf);
-}
-
-Dtype dtype_of(const Tensor& x) {
-  return x.scalar_type() == at::kFloat      ? Dtype::kFloat32
-         : x.scalar_type() == at::kBFloat16 ? Dtype::kBFloat16
-                                            : Dtype::kFloat16;
-}
-
-void same_dtype(const Tensor& x, std::initializer_list<const Tensor*> others) {
-  for (const Tensor* other : others)
-    TORCH_CHECK(other->scalar_type() == x.scalar_type(), "folo's ops take tensors of one dtype: ", x.scalar_type(),
-                " and ", other->scalar_type());
-}
-
-// An op that folo/ops/library.py registers: the reference, for one.
-template <typename R, typename... Args>
-R reference(const char* name, const Args&... args) {
-  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<R(const Args&...)>();
-  return op.call(args...);
-}
-
-using Maybe = std::optional<Tensor>;
-
-const void* data(const Maybe& x) { return x ? x->const_data_ptr() : nullptr; }
-
-Tensor product(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias, bool gated) {
-  same_dtype(x, {&packed});
-  if (bias) same_dtype(x, {&*bias});
-  const Tensor rows = x.contiguous();
-  const int64_t k = rows.size(1), per = x.scalar_type() == at::kBFloat16 ? 2 : 1;
-  TORCH_CHECK(packed.is_contiguous() && packed.size(0) == (n + 15) / 16 &&
-                  packed.size(1) == (per == 2 ? (k + 31) / 32 * 16 : k),
-              "a packed weight of ", packed.sizes(), " does not fit x ", x.sizes(), " and ", n, " outputs");
-  const Maybe biases = bias ? Maybe(bias->contiguous()) : Maybe();
-  Tensor out = at::empty({rows.size(0), gated ? n / 2 : n}, rows.options());
-  kernels->linear({dtype_of(x), rows.const_data_ptr(), packed.const_data_ptr(), data(biases), out.data_ptr(),
-                   rows.size(0), n, k, gated});
-  return out;
-}
-
-Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias) {
-  if (!known(x)) return reference<Tensor>("folo_reference::packed_linear", x, packed, n, bias);
-  return product(x, packed, n, bias, false);
-}
-
-Tensor silu_mul(const Tensor& gate_up);
-
-Tensor packed_gated_linear(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias) {
-  if (!known(x)) return reference<Tensor>("folo_reference::packed_gated_linear", x, packed, n, bias);
-  if (n % 32) return silu_mul(product(x, packed, n, bias, false));  // gate and up share a tile
-  return product(x, packed, n, bias, true);
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
-  if (!known(x)) return reference<Tensor>("folo_reference::linear", x, weight, bias);
-  return packed_linear(x, reference<Tensor>("folo::pack", weight), weight.size(0), bias);
-}
-
-Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-                        const Maybe& columns, int64_t n, const Maybe& bias) {
-  if (!known(x))
-    return reference<Tensor>("folo_reference::quantized_linear", x, codes, scales, zeros, columns, n, bias);
-  if (bias) same_dtype(x, {&*bias});
-  const Tensor rows = x.contiguous();
-  const Maybe places = columns ? Maybe(columns->contiguous()) : Maybe();
-  const Maybe biases = bias ? Maybe(bias->contiguous()) : Maybe();
-  const int64_t k = rows.size(1), tiles = (n + 15) / 16, blocks = codes.size(1), spans = scales.size(1);
-  int64_t span = 1;
-  while (span < 4 && span * spans < blocks) span *= 2;
-  TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous() &&
-                  codes.scalar_type() == at::kInt && scales.scalar_type() == at::kHalf &&
-                  zeros.scalar_type() == at::kByte && (!places || places->scalar_type() == at::kLong),
-              "a quantised weight has other dtypes, and its parts are contiguous");
-  TORCH_CHECK(codes.size(0) == tiles && codes.size(3) == 16 && scales.sizes() == zeros.sizes() &&
-                  scales.size(0) == tiles && scales.size(2) == 16 && (blocks + span - 1) / span == spans &&
-                  (places ? places->size(0) == 32 * blocks : k <= 32 * blocks && 32 * blocks < k + 32),
-              "a quantised weight of ", codes.sizes(), " does not fit x ", x.sizes(), " and ", n, " outputs");
-  Tensor out = at::empty({rows.size(0), n}, rows.options());
-  kernels->quantized({dtype_of(x), rows.const_data_ptr(), codes.const_data_ptr<int32_t>(),
-                      static_cast<const fp16*>(scales.const_data_ptr()), zeros.const_data_ptr<uint8_t>(),
-                      places ? places->const_data_ptr<int64_t>() : nullptr, data(biases), out.data_ptr(),
-                      rows.size(0), n, k, codes.size(2), blocks, span});
-  return out;
-}
-
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  if (!known(x)) return reference<Tensor>("folo_reference::rms_norm", x, weight, eps);
-  same_dtype(x, {&weight});
-  const Tensor rows = x.contiguous(), scale = weight.contiguous();
-  Tensor out = at::empty_like(rows);
-  const int64_t d = weight.numel(), m = d ? rows.numel() / d : 0;
-  kernels->norm({dtype_of(x), rows.const_data_ptr(), nullptr, scale.const_data_ptr(), out.data_ptr(), nullptr, m, d,
-                 float(eps)});
-  return out;
-}
-
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
-  if (!known(x))
-    return reference<std::tuple<Tensor, Tensor>>("folo_reference::add_rms_norm", x, residual, weight, eps);
-  same_dtype(x, {&residual, &weight});
-  const Tensor rows = x.contiguous(), others = residual.contiguous(), scale = weight.contiguous();
-  Tensor out = at::empty_like(rows), total = at::empty_like(rows);
-  kernels->norm({dtype_of(x), rows.const_data_ptr(), others.const_data_ptr(), scale.const_data_ptr(), out.data_ptr(),
-                 total.data_ptr(), rows.size(0), rows.size(1), float(eps)});
-  return {out, total};
-}
-
-Tensor silu_mul(const Tensor& gate_up) {
-  if (!known(gate_up)) return reference<Tensor>("folo_reference::silu_mul", gate_up);
-  const Tensor rows = gate_up.contiguous();
-  const int64_t m = rows.size(0), n = rows.size(1) / 2;
-  Tensor out = at::empty({m, n}, rows.options());
-  kernels->silu_mul({dtype_of(rows), rows.const_data_ptr(), out.data_ptr(), m, n});
-  return out;
-}
-
-// Where blocks and heads begin, in units of 4 bytes, of caches as folo/ops/kv_cache.py lays them.
-Strides strides_of(const Tensor& k, const Tensor& v) {
-  const int64_t per = 4 / k.element_size(), size = k.size(1), dim = v.size(v.dim() - 1);
-  const auto lie = [](const Tensor& x, at::IntArrayRef inner) {  // as these do, blocks and heads anywhere
-    for (int64_t i = 0; i < x.dim(); ++i)
-      if (inner[size_t(i)] && x.size(i) > 1 && x.stride(i) != inner[size_t(i)]) return false;
-    return true;
-  };
-  const bool alike = per == 2 ? k.dim() == 5 && v.dim() == 5 && lie(k, {0, 2, 0, 2 * size, 1}) &&
-                                    lie(v, {0, 2 * dim, 1, 0, 2})
-                              : k.dim() == 4 && v.dim() == 4 && lie(k, {0, 1, 0, size}) && lie(v, {0, dim, 0, 1});
-  TORCH_CHECK(alike, "K and V lie as folo.ops.kv_cache.zeros lays them, not in ", k.sizes(), " by ", k.strides());
-  return {k.stride(0) / per, k.stride(2) / per, v.stride(0) / per, v.stride(v.dim() - 2) / per};
-}
-
-uint32_t* units(const Tensor& cache) { return static_cast<uint32_t*>(cache.mutable_data_ptr()); }
-
-Tensor qk_norm_rope_write(const Tensor& qkv, const Tensor& angles, const Maybe& q_norm, const Maybe& k_norm,
-                          double eps, Tensor k_cache, Tensor v_cache, const Tensor& slots) {
-  if (!known(qkv))
-    return reference<Tensor>("folo_reference::qk_norm_rope_write", qkv, angles, q_norm, k_norm, eps, k_cache, v_cache,
-                             slots);
-  same_dtype(qkv, {&k_cache, &v_cache});
-  const Tensor rows = qkv.contiguous(), turns = angles.contiguous(), places = slots.contiguous();
-  TORCH_CHECK(turns.scalar_type() == at::kFloat && places.scalar_type() == at::kLong,
-              "angles are float32 and slots int64");
-  const int64_t t = rows.size(0), d = turns.size(1), kv = k_cache.size(2), heads = rows.size(1) / d - 2 * kv;
-  const bool normed = q_norm && k_norm;
-  Tensor q = at::empty({t, heads, d}, rows.options());
-  kernels->rope({dtype_of(rows), rows.const_data_ptr(), turns.const_data_ptr<float>(),
-                 normed ? q_norm->const_data_ptr() : nullptr, normed ? k_norm->const_data_ptr() : nullptr,
-                 units(k_cache), units(v_cache), strides_of(k_cache, v_cache), k_cache.size(1),
-                 places.const_data_ptr<int64_t>(), q.data_ptr(), t, heads, kv, d, float(eps)});
-  return q;
-}
-
-Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
-                       const Tensor& query_start, const Tensor& seq_lens, double scale) {
-  if (!known(q))
-    return reference<Tensor>("folo_reference::paged_attention", q, k_cache, v_cache, block_tables, query_start,
-                             seq_lens, scale);
-  same_dtype(q, {&k_cache, &v_cache});
-  const Tensor rows = q.contiguous(), tables = block_tables.contiguous(), starts = query_start.contiguous(),
-               lens = seq_lens.contiguous();
-  TORCH_CHECK(tables.scalar_type() == at::kInt && starts.scalar_type() == at::kInt && lens.scalar_type() == at::kInt,
-              "block_tables, query_start and seq_lens are int32");
-  Tensor out = at::empty_like(rows);
-  kernels->attention({dtype_of(q), rows.const_data_ptr(), units(k_cache), units(v_cache),
-                      strides_of(k_cache, v_cache), tables.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(),
-                      lens.const_data_ptr<int32_t>(), out.data_ptr(), lens.size(0), tables.size(1), k_cache.size(1),
-                      q.size(1), k_cache.size(2), q.size(2), float(scale)});
-  return out;
-}
-
-// Of a weight in either layout of the kernels: the parts that folo/ops/library.py gives to its op.
-Tensor linear_of(const Tensor& x, at::TensorList weight, int64_t n, const Maybe& bias) {
-  if (weight.size() == 1) return packed_linear(x, weight[0], n, bias);
-  TORCH_CHECK(weight.size() == 3 || weight.size() == 4, "a weight has 1, 3 or 4 parts, not ", weight.size());
-  const Maybe columns = weight.size() == 4 ? Maybe(weight[3]) : Maybe();
-  return quantized_linear(x, weight[0], weight[1], weight[2], columns, n, bias);
-}
-
-Tensor gated_linear_of(const Tensor& x, at::TensorList weight, int64_t n, const Maybe& bias) {
-  if (weight.size() == 1) return packed_gated_linear(x, weight[0], n, bias);
-  return silu_mul(linear_of(x, weight, n, bias));
-}
-
-// Tensors one after the other, in groups of these sizes.
-struct Groups {
-  at::TensorList tensors;
-  at::IntArrayRef sizes;
-
-  at::TensorList next() {
-    TORCH_CHECK(!sizes.empty() && sizes[0] >= 0 && size_t(sizes[0]) <= tensors.size(),
-                "decoder layers are 12 groups of tensors each");
-    const at::TensorList group = tensors.slice(0, size_t(sizes[0]));
-    tensors = tensors.slice(group.size());
-    sizes = sizes.slice(1);
-    return group;
-  }
-  const Tensor& one() {
-    const at::TensorList group = next();
-    TORCH_CHECK(group.size() == 1, "a norm is one tensor");
-    return group[0];
-  }
-  Maybe optional() {
-    const at::TensorList group = next();
-    return group.empty() ? Maybe() : Maybe(group[0]);
-  }
-};
-
-// Decoder layers, their ops one after the other: to call them from Python takes longer than some of them do. What
-// folo/model/forward.py does op by op where weights are plain.
-std::tuple<Tensor, Tensor> decoder_layers(
-    const Tensor& x, const Tensor& residual, const Tensor& angles, at::TensorList weights, at::IntArrayRef sizes,
-    int64_t num_heads, int64_t inner, double eps, double scale, at::TensorList k_caches, at::TensorList v_caches,
-    const Tensor& slots, const Tensor& block_tables, const Tensor& query_start, const Tensor& seq_lens) {
-  TORCH_CHECK(k_caches.size() == v_caches.size(), "each layer has a K and a V");
-  Groups groups{weights, sizes};
-  Tensor normed = x, total = residual;
-  for (size_t layer = 0; layer < k_caches.size(); ++layer) {
-    const Tensor &k = k_caches[layer], &v = v_caches[layer];
-    const auto linear = [&](const Tensor& rows, int64_t n) {
-      const at::TensorList weight = groups.next();
-      return linear_of(rows, weight, n, groups.optional());
-    };
-    const Tensor qkv = linear(normed, (num_heads + 2 * k.size(2)) * angles.size(1));
-    const Maybe q_norm = groups.optional(), k_norm = groups.optional();
-    const Tensor q = qk_norm_rope_write(qkv, angles, q_norm, k_norm, eps, k, v, slots);
-    const Tensor attended = paged_attention(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1);
-    const Tensor out = linear(attended, x.size(1));
-    std::tie(normed, total) = add_rms_norm(out, total, groups.one(), eps);
-    const at::TensorList gate_up = groups.next();
-    const Tensor down = linear(gated_linear_of(normed, gate_up, 2 * inner, groups.optional()), x.size(1));
-    std::tie(normed, total) = add_rms_norm(down, total, groups.one(), eps);
-  }
-  return {normed, total};
-}
 
 bool floats(const Tensor& logits) { return kernels && logits.scalar_type() == at::kFloat; }
 
@@ -413,16 +156,6 @@ TORCH_LIBRARY(folo_cpu, m) {
 }
 
 TORCH_LIBRARY_IMPL(folo, CPU, m) {
-  m.impl("packed_linear", &packed_linear);
-  m.impl("packed_gated_linear", &packed_gated_linear);
-  m.impl("linear", &linear);
-  m.impl("quantized_linear", &quantized_linear);
-  m.impl("rms_norm", &rms_norm);
-  m.impl("add_rms_norm", &add_rms_norm);
-  m.impl("silu_mul", &silu_mul);
-  m.impl("qk_norm_rope_write", &qk_norm_rope_write);
-  m.impl("paged_attention", &paged_attention);
-  m.impl("decoder_layers", &decoder_layers);
   m.impl("philox", &philox);
   m.impl("penalize", &penalize);
   m.impl("warp", &warp);
