@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -30,20 +31,23 @@ void attention_of(const Attention& a) {
     return worker.span(spans[size_t(n)], next, next ? tiles[size_t(next->tile)].head : 0, to);
   };
   if (threads == 1 || count >= 4 * threads || num_spans == count) {
-    // Neighbours to one thread, which fetches the second while it works on the first.
-    const int64_t chunk = std::clamp<int64_t>(count / (16 * threads), 1, 8);
+    // A thread goes through its share in order, fetching what comes next, and then helps the others with theirs.
+    std::vector<std::atomic<int64_t>> taken(plan.shares.size());
 #pragma omp parallel
     {
       Worker<T> worker(a);
-#pragma omp for schedule(dynamic, chunk)
-      for (int64_t t = 0; t < count; ++t) {
-        const Tile& tile = tiles[size_t(t)];
-        worker.start(tile);
-        for (int64_t n = tile.first_span; n < tile.end_span; ++n) {
-          const int64_t first = compute(worker, n, worker.own());
-          worker.merge(worker.own(), first, spans[size_t(n)].end);
+      for (size_t i = 0; i < taken.size(); ++i) {
+        const size_t whose = (size_t(omp_get_thread_num()) + i) % taken.size();
+        const Share& share = plan.shares[whose];
+        for (int64_t t; (t = share.begin + taken[whose].fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+          const Tile& tile = tiles[size_t(t)];
+          worker.start(tile);
+          for (int64_t n = tile.first_span; n < tile.end_span; ++n) {
+            const int64_t first = compute(worker, n, worker.own());
+            worker.merge(worker.own(), first, spans[size_t(n)].end);
+          }
+          worker.finish();
         }
-        worker.finish();
       }
     }
     return;

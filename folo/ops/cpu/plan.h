@@ -26,6 +26,11 @@ struct Tile {
   int64_t first_span, end_span;
 };
 
+// Tiles [begin, end): a thread's share of the work.
+struct Share {
+  int64_t begin, end;
+};
+
 // Keys [number * kKeys, ...) of a sequence, to be seen by rows [begin, end) of a query tile.
 struct Span {
   int64_t tile, sequence, number, begin, end;
@@ -53,22 +58,44 @@ class Plan {
       if (!fits) bundles.emplace_back();
       bundles.back().push_back(member);
     }
-    // Those that take longest first, so that no thread is left with one at the end.
-    std::stable_sort(bundles.begin(), bundles.end(), [&](const auto& x, const auto& y) { return cost(x) > cost(y); });
-    for (const auto& bundle : bundles) members_.insert(members_.end(), bundle.begin(), bundle.end());
-    const Member* at = members_.data();
-    for (const auto& bundle : bundles) {
-      int64_t shared = bundle.size() > 1 ? shared_tiles(bundle[0], bundle[1]) : 0;
-      for (size_t m = 2; m < bundle.size(); ++m) shared = std::min(shared, shared_tiles(bundle[0], bundle[m]));
-      for (int64_t h = 0; h < a.num_kv_heads; ++h) add(h, at, int64_t(bundle.size()), rows_of(bundle), shared);
-      at += bundle.size();
-    }
+    deal(bundles, threads);
   }
 
   std::vector<Tile> tiles;
+  std::vector<Share> shares;  // of each thread
   std::vector<Span> spans;  // a tile's spans stand together, those of each row in the order of the keys
 
  private:
+  // Those that take longest first, each to the thread that has least to do.
+  void deal(std::vector<std::vector<Member>>& bundles, int64_t threads) {
+    std::stable_sort(bundles.begin(), bundles.end(), [&](const auto& x, const auto& y) { return cost(x) > cost(y); });
+    size_t num_members = 0;
+    for (const auto& bundle : bundles) num_members += bundle.size();
+    members_.reserve(num_members);
+    struct Work {
+      const Member* members;
+      int64_t count, rows, shared, head;
+    };
+    std::vector<std::vector<Work>> of_thread(static_cast<size_t>(threads));
+    std::vector<double> load(static_cast<size_t>(threads));
+    for (const auto& bundle : bundles) {
+      const Member* at = members_.data() + members_.size();
+      members_.insert(members_.end(), bundle.begin(), bundle.end());
+      int64_t shared = bundle.size() > 1 ? shared_tiles(bundle[0], bundle[1]) : 0;
+      for (size_t m = 2; m < bundle.size(); ++m) shared = std::min(shared, shared_tiles(bundle[0], bundle[m]));
+      for (int64_t h = 0; h < a_.num_kv_heads; ++h) {
+        const auto least = std::min_element(load.begin(), load.end());
+        *least += cost(bundle);
+        of_thread[size_t(least - load.begin())].push_back({at, int64_t(bundle.size()), rows_of(bundle), shared, h});
+      }
+    }
+    for (const auto& works : of_thread) {
+      const int64_t begin = int64_t(tiles.size());
+      for (const Work& work : works) add(work.head, work.members, work.count, work.rows, work.shared);
+      shares.push_back({begin, int64_t(tiles.size())});
+    }
+  }
+
   static int64_t rows_of(const std::vector<Member>& bundle) {
     int64_t rows = 0;
     for (const Member& member : bundle) rows += member.rows;
