@@ -191,6 +191,14 @@ def test_more_tokens_than_positions_are_refused(tiny: folo.Params) -> None:
         folo.model.forward(tiny, tokens(257))
 
 
+def test_token_ids_outside_the_vocabulary_are_refused(tiny: folo.Params) -> None:
+    vocab_size = tiny.config.vocab_size
+    assert folo.model.forward(tiny, torch.tensor([0, vocab_size - 1])).shape == (2, vocab_size)
+    for wrong in (-1, vocab_size, 10**6):
+        with pytest.raises(folo.ConfigError, match=f"token id {wrong} is outside .* of {vocab_size}"):
+            folo.model.forward(tiny, torch.tensor([5, wrong, 6]))
+
+
 @pytest.mark.parametrize(("ids", "kind"), [([5, 6], "list"), (torch.tensor([5.0]), "torch.float32")])
 def test_token_ids_that_are_no_integer_tensor(tiny: folo.Params, ids: Any, kind: str) -> None:
     with pytest.raises(folo.ConfigError, match=f"must be an integer tensor, got {kind}"):

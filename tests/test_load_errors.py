@@ -155,6 +155,13 @@ class TestDirectory:
         shard.unlink()
         refuses(tmp_path, f"names the shard {shard.name}, which is missing")
 
+    def test_tensor_in_two_shards(self, tmp_path: Path) -> None:
+        tiny_checkpoint(tmp_path, max_shard_size="100KB")
+        first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+        name, tensor = next(iter(load_file(first).items()))
+        save_file({**load_file(second), name: tensor}, second)
+        refuses(tmp_path, f"{name} is in {first.name} and in {second.name}")
+
     @pytest.mark.parametrize(
         ("index", "message"),
         [

@@ -168,8 +168,9 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
     their last bits may differ from a kernel's. float64 params give float64 logits.
 
     Raises:
-        ConfigError: token_ids is no integer tensor, not one-dimensional and non-empty, or longer than the
-            model allows; or packed or quantised params under a transform.
+        ConfigError: token_ids is no integer tensor, not one-dimensional and non-empty, longer than the
+            model allows, or (outside of transforms) not of its vocabulary; or packed or quantised params
+            under a transform.
     """
     config = params.config
     if not isinstance(token_ids, Tensor) or token_ids.is_floating_point():
@@ -206,6 +207,9 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
             )
         hidden = hidden_states(params, inputs.token_ids, inputs.positions, run_layer, reference)
         return logits(params, hidden, reference)
+    for id in (inputs.token_ids.min().item(), inputs.token_ids.max().item()):
+        if not 0 <= id < config.vocab_size:
+            raise ConfigError(f"token id {id} is outside the model's vocabulary of {config.vocab_size}")
     k, v = kv_cache.zeros((config.num_layers, *blocks), params.dtype, params.device)
     attention = attention_backend("auto", params.device, params.dtype, _BLOCK, config.head_dim)
     return logits(params, hidden_in_heap(params, k, v, inputs, attention))

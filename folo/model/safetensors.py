@@ -127,6 +127,10 @@ class SafetensorsDirectory:
                     if view.get_dtype() not in known:
                         kind = "int32" if integers else "floats"
                         raise LoadError(f"{path}: {name} is stored as {view.get_dtype()}, not as {kind}.")
+                    if name in self._files:
+                        raise LoadError(
+                            f"{name} is in {self._files[name].name} and in {path.name}: keep one."
+                        )
                     self._files[name] = path
                     self._shapes[name] = tuple(view.get_shape())
                     self._dtypes[name] = known[view.get_dtype()]
