@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
+import pickle
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +34,67 @@ def test_a_block_is_free_again_when_its_last_reference_goes() -> None:
     assert heap.num_free == 3
     again = heap.allocate()
     assert (again.index, again.claimed) == (index, 0)
+
+
+def interrupted(run: Callable[[], object], at: int) -> bool:
+    """Run up to an interrupt before the `at`-th instruction, of the heap or of this file: did it come?"""
+    left = at
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_globals.get("__name__") not in (KVHeap.__module__, __name__):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_no_block_is_lost_by_an_interrupt_wherever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ignored: list[object] = []  # what Python swallows: an interrupt that nobody would learn of
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    heap = small_heap()
+
+    def allocate_and_drop() -> None:
+        blocks = [heap.allocate(), heap.allocate()]
+        del blocks[0]
+        blocks.append(heap.allocate())
+
+    count = 0
+    while interrupted(allocate_and_drop, count := count + 1):
+        gc.collect()
+        assert heap.num_free == 3, f"after an interrupt at instruction {count}"
+    assert count > 60
+    assert heap.num_free == 3
+    assert not ignored
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_heap_can_be_copied_with_its_blocks(copied: Callable[[Any], Any]) -> None:
+    heap = small_heap()
+    blocks = [heap.allocate(), heap.allocate(), heap.allocate()]
+    del blocks[1]
+    other, (first, second) = copied((heap, blocks))
+    assert [first.index, second.index] == [block.index for block in blocks]
+    assert other.num_free == heap.num_free == 1
+    del first
+    assert other.num_free == 2
+    assert heap.num_free == 1
+    del blocks[0]
+    assert (other.num_free, heap.num_free) == (2, 2)
+    assert other.allocate().index != second.index
 
 
 def leave_in_a_cycle(heap: KVHeap) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from typing import NamedTuple
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -29,17 +32,12 @@ class Block:
     `content` is noted once, when the block is full and computed: a fact about it from then on.
     """
 
-    __slots__ = ("_free", "claimed", "content", "index")
+    __slots__ = ("__weakref__", "claimed", "content", "index")
 
-    def __init__(self, index: int, free: list[int]) -> None:
+    def __init__(self, index: int) -> None:
         self.index = index
         self.claimed = 0
         self.content: Content | None = None
-        self._free = free
-
-    def __del__(self) -> None:
-        # May run at any point, within allocate() too: appending to a list is one atomic step.
-        self._free.append(self.index)
 
     def __repr__(self) -> str:
         return f"Block({self.index}, claimed={self.claimed})"
@@ -60,7 +58,10 @@ class KVHeap:
     ) -> None:
         self.k, self.v = kv_cache.zeros(shape, dtype, device)
         self.num_blocks = shape[1]
-        self._free = list(range(shape[1] - 1, -1, -1))  # last in, first out: warm blocks are reused
+        # Last in, first out: warm blocks are reused. A dict (of which only the keys count), since a block's
+        # index can be put back into it by C alone: an interrupt in a __del__ would lose the block.
+        self._free: dict[int, Any] = dict.fromkeys(range(shape[1] - 1, -1, -1))
+        self._alive: dict[int, ref[Block]] = {}
 
     @property
     def num_free(self) -> int:
@@ -70,10 +71,34 @@ class KVHeap:
         """A free block. Raises OutOfBlocksError when some state refers to each of them."""
         if not self._free:
             gc.collect()  # states can hang in reference cycles: a traceback and its frames, for one
+        taken: dict[int, Any] = {}
         try:
-            return Block(self._free.pop(), self._free)
-        except IndexError:
+            # From one dict into the other by C alone, too: wherever an interrupt comes, the index is in one
+            # of them, or that of a block that lives.
+            taken.update(islice(iter(self._free.popitem, None), 1))
+            (index,) = taken
+            block = Block(index)
+            self._watch(block)
+            taken.clear()
+            return block
+        except KeyError:
             raise OutOfBlocksError(f"all {self.num_blocks} blocks of the KV heap are in use") from None
+        finally:
+            if taken:
+                block = None
+                self._free.update(taken)
+
+    def _watch(self, block: Block) -> None:
+        self._alive[block.index] = ref(block, partial(self._free.setdefault, block.index))
+
+    def __getstate__(self) -> dict[str, Any]:
+        blocks = [block for watched in self._alive.values() if (block := watched())]
+        return {**self.__dict__, "_alive": blocks, "_free": dict.fromkeys(self._free)}
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update(fields, _alive={})
+        for block in fields["_alive"]:
+            self._watch(block)
 
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of whole blocks, indices int64 `[B]` -> `[num_layers, B, block_size, heads, head_dim]`."""

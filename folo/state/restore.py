@@ -125,7 +125,7 @@ def _lists(tensors: Mapping[str, Tensor], name: str, start: str) -> list[list[in
 def _stand_ins(tensors: Mapping[str, Tensor], caching: bool) -> list[Block]:
     """The file's blocks under the numbers that they have there, in no heap yet."""
     filled = tensors["filled"].tolist()
-    blocks = [Block(number, []) for number in range(len(filled))]
+    blocks = [Block(number) for number in range(len(filled))]
     for block, claimed in zip(blocks, filled, strict=True):
         block.claimed = claimed
     if caching:
