@@ -76,8 +76,10 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
         elif is_admitted:
             admitted.append(sequence)
         changed[id(before)] = sequence
-    gone = {id(victim) for victim in batch.preempted}
-    running = [changed.get(id(s), s) for s in state.running if id(s) not in gone]
+    running = [changed.get(id(s), s) for s in state.running]
+    if batch.preempted:
+        gone = {id(victim) for victim in batch.preempted}
+        running = [s for s in running if id(s) not in gone]
     if ended:
         running = [s for s in running if s.finish_reason is None]
     waiting = state.waiting
