@@ -16,6 +16,7 @@ SHOWN: dict[str, list[str | re.Pattern[str]]] = {
     "basic_inference": ["' Paris.", "finish_reason: length", "Gravity is"],
     "batch_inference": ["finish_reason 'stop'", "Each request alone:", "the same tokens"],
     "few_shot": ["I loved every minute of it.    -> positive", "The worst film of the year.    -> negative"],
+    "seeded_experiment": [re.compile(r"digest ([0-9a-f]{16})\n(?s:.*)digest \1\n")],
     "beam_search": [re.compile(r"\A(  -[01]\.\d{3} [\"'] that it.*\n){4}\Z")],
     "tree_search": [
         "bird catches the star.",
