@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
@@ -316,6 +320,33 @@ class TestCompare:
         argv = ["bench", "compare", "--peer", "llama.cpp", "--workloads", "prefix"]
         assert main(argv) == 2
         assert "llama.cpp does not run the workload prefix: leave it out" in capsys.readouterr().err
+
+    def test_a_run_that_is_terminated_leaves_no_engine_behind(self, tiny_dir: Path, tmp_path: Path) -> None:
+        kept = tmp_path / "kept"
+        argv = ["compare", "--peer", "transformers", "--model", tiny_dir, "--checkpoint", kept]
+        kept.mkdir()
+        run = subprocess.Popen(
+            [sys.executable, "-m", "folo", "bench", *argv], stderr=subprocess.PIPE, text=True
+        )
+
+        def engines() -> int:
+            found = 0
+            for command in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):  # it ended in between
+                    found += f"_peer\0{kept}\0".encode() in command.read_bytes()
+            return found
+
+        try:
+            deadline = time.monotonic() + 100
+            while engines() < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert engines() == 2
+            run.terminate()
+            assert run.wait(30) == 128 + signal.SIGTERM
+            assert engines() == 0
+        finally:
+            run.kill()
+            run.communicate()
 
     def test_the_last_words_of_a_peer_that_stops_are_passed_on(self, tmp_path: Path) -> None:
         with (tmp_path / "log").open("w+b") as log, pytest.raises(PeerError) as caught:

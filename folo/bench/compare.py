@@ -202,6 +202,7 @@ def against(
 
     peer = peers.PEERS[peer_name]
     with (
+        _orderly_end(),
         _checkpoint(args, kept) as path,
         tempfile.TemporaryFile() as own_log,
         tempfile.TemporaryFile() as log,
@@ -247,6 +248,18 @@ def _compare(own: Worker, other: Worker, names: list[str], vocab_size: int, pair
                 bar.update()
             comparisons.append(Comparison(name, tuple(values[::2]), tuple(values[1::2])))
     return comparisons
+
+
+@contextlib.contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Signals that end a process raise here, as Ctrl-C does: a stopped engine would outlive it for good."""
+    numbers = signal.SIGTERM, signal.SIGHUP
+    before = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
