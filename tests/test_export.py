@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import ARCHITECTURES, tiny_checkpoint
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import folo
@@ -61,6 +64,32 @@ def test_half_dtypes_are_kept(tmp_path: Path) -> None:
     back = folo.load(tmp_path / "b", use_tqdm=False)
     assert back.dtype == torch.bfloat16
     assert back.fingerprint == params.fingerprint
+
+
+def test_whoever_may_read_the_configuration_may_read_the_weights(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "a")
+    params = folo.load(tmp_path / "a", use_tqdm=False)
+    before = os.umask(0o027)
+    try:
+        export(params, tmp_path / "b")
+        folo.save(folo.init(params, folo.CacheConfig(num_blocks=8)), tmp_path / "b" / "state.folo")
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.filemode(file.stat().st_mode) for file in (tmp_path / "b").iterdir()}
+    assert modes.keys() == {"config.json", "generation_config.json", "model.safetensors", "state.folo"}
+    assert set(modes.values()) == {"-rw-r-----"}
+
+
+def test_a_disk_that_is_full_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    tiny_checkpoint(tmp_path / "a")
+    params = folo.load(tmp_path / "a", use_tqdm=False)
+    monkeypatch.setattr("folo.model.safetensors.save_file", fail)
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be written: I/O error: No space"):
+        export(params, tmp_path / "b")
+    assert not (tmp_path / "b" / "config.json").exists()
 
 
 def test_what_config_json_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -338,7 +338,7 @@ def test_a_file_that_contradicts_itself_is_refused(tiny: folo.Params, saved: Pat
         folo.restore(tiny, saved)
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_to_disk", "checksum", "os.replace"])
+@pytest.mark.parametrize("broken", ["write_tensors", "_to_disk", "checksum", "os.replace"])
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(
     broken: str, tiny: folo.Params, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

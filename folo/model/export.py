@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from folo.errors import ConfigError
 from folo.model import gptq
 from folo.model.config import DecoderConfig
 from folo.model.params import Linear, Params
+from folo.model.safetensors import write_tensors
 from folo.ops.packed import Packed
 from folo.ops.quantized import Grouped, Quantized
 from folo.ops.stacked import Stacked, Weight
@@ -44,7 +44,7 @@ def export(params: Params, path: str | os.PathLike[str]) -> None:
         config["quantization_config"] = _quantization_config(params)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    save_file(dict(named_tensors(params)), path / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(dict(named_tensors(params)), path / "model.safetensors", {"format": "pt"})
     # config.json last: before it stands there, nothing takes the directory for a checkpoint.
     for name, content in (("generation_config.json", generation), ("config.json", config)):
         (path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

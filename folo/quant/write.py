@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from folo.errors import ConfigError
@@ -28,11 +28,11 @@ def write(params: Params, tokenizer: Any, path: Path) -> None:
         OSError: the files cannot be written.
     """
     check_target(path)
-    beside = Path(mkdtemp(prefix=f".{path.name}-", dir=path.absolute().parent))
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(beside, ignore_errors=True)  # another process of this number may have been killed
     try:
         export(params, beside)
         tokenizer.save_pretrained(beside)
-        beside.chmod(0o755)  # mkdtemp's is for its owner alone
         beside.rename(path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

@@ -30,10 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from folo.model.safetensors import write_tensors
 from folo.ops.arithmetic import arithmetic
 from folo.state.document import describe, sequences_of
 from folo.state.engine import EngineState
@@ -67,12 +66,10 @@ def save(state: EngineState, path: str | os.PathLike[str]) -> None:
     # In the same directory, since a rename is atomic within one file system only.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata)
+        write_tensors(tensors, partial, metadata)
         _to_disk(partial)
         os.replace(partial, path)
         _to_disk(path.absolute().parent)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
