@@ -16,7 +16,7 @@ import torch
 from engine import finish_all, prompt
 
 import folo
-from folo.state.heap import KVHeap
+from folo.state.heap import Block, KVHeap
 
 
 def small_heap() -> KVHeap:
@@ -36,8 +36,8 @@ def test_a_block_is_free_again_when_its_last_reference_goes() -> None:
     assert (again.index, again.claimed) == (index, 0)
 
 
-def interrupted(run: Callable[[], object], at: int) -> bool:
-    """Run up to an interrupt before the `at`-th instruction, of the heap or of this file: did it come?"""
+def interrupted(run: Callable[[], object], at: int) -> KeyboardInterrupt | None:
+    """The interrupt before the `at`-th instruction, of the heap or of this file; None: none came."""
     left = at
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -55,11 +55,11 @@ def interrupted(run: Callable[[], object], at: int) -> bool:
     sys.settrace(trace)
     try:
         run()
-    except KeyboardInterrupt:
-        return True
+    except KeyboardInterrupt as interrupt:
+        return interrupt
     finally:
         sys.settrace(before)
-    return False
+    return None
 
 
 def test_no_block_is_lost_by_an_interrupt_wherever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,11 +74,32 @@ def test_no_block_is_lost_by_an_interrupt_wherever_it_comes(monkeypatch: pytest.
 
     count = 0
     while interrupted(allocate_and_drop, count := count + 1):
-        gc.collect()
         assert heap.num_free == 3, f"after an interrupt at instruction {count}"
     assert count > 60
     assert heap.num_free == 3
     assert not ignored
+
+
+def test_a_block_that_only_the_interrupts_traceback_holds_is_not_given_out_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The traceback may go at any time: here while its block's index is being given to another block."""
+    count = 0
+    held: list[KeyboardInterrupt] = []
+
+    def new_block(index: int) -> Block:
+        held.clear()
+        return Block(index)
+
+    while interrupt := interrupted((heap := small_heap()).allocate, count := count + 1):
+        held.append(interrupt)
+        del interrupt
+        with monkeypatch.context() as patch:
+            patch.setattr("folo.state.heap.Block", new_block)
+            blocks = [heap.allocate() for _ in range(3)]
+        assert sorted(block.index for block in blocks) == [0, 1, 2], f"interrupted at instruction {count}"
+        assert heap.num_free == 0
+    assert count > 40
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])

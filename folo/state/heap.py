@@ -85,7 +85,9 @@ class KVHeap:
             raise OutOfBlocksError(f"all {self.num_blocks} blocks of the KV heap are in use") from None
         finally:
             if taken:
-                block = None
+                # The interrupt's traceback may hold the block: when it lets go, the index may be another's.
+                for index in taken:
+                    self._alive.pop(index, None)
                 self._free.update(taken)
 
     def _watch(self, block: Block) -> None:
