@@ -23,15 +23,25 @@ void same_dtype(const Tensor& x, std::initializer_list<const Tensor*> others) {
 
 const void* data(const Maybe& x) { return x ? x->const_data_ptr() : nullptr; }
 
+// A bias, or the weight of a norm: for each of n columns of x.
+Tensor of_columns(const Tensor& weight, const Tensor& x, int64_t n) {
+  same_dtype(x, {&weight});
+  TORCH_CHECK(weight.numel() == n, "a bias or norm of ", weight.sizes(), " does not fit ", n, " columns");
+  return weight.contiguous();
+}
+Maybe of_columns(const Maybe& weight, const Tensor& x, int64_t n) {
+  return weight ? Maybe(of_columns(*weight, x, n)) : Maybe();
+}
+
 Tensor product(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias, bool gated) {
   same_dtype(x, {&packed});
-  if (bias) same_dtype(x, {&*bias});
   const Tensor rows = x.contiguous();
   const int64_t k = rows.size(1), per = x.scalar_type() == at::kBFloat16 ? 2 : 1;
-  TORCH_CHECK(packed.is_contiguous() && packed.size(0) == (n + 15) / 16 &&
-                  packed.size(1) == (per == 2 ? (k + 31) / 32 * 16 : k),
+  const int64_t tiles = (n + 15) / 16, depth = per == 2 ? (k + 31) / 32 * 16 : k;
+  TORCH_CHECK(rows.dim() == 2 && k > 0 && packed.is_contiguous() && packed.size(0) == tiles &&
+                  packed.size(1) == depth && packed.numel() == tiles * depth * 16 * per,
               "a packed weight of ", packed.sizes(), " does not fit x ", x.sizes(), " and ", n, " outputs");
-  const Maybe biases = bias ? Maybe(bias->contiguous()) : Maybe();
+  const Maybe biases = of_columns(bias, x, n);
   Tensor out = at::empty({rows.size(0), gated ? n / 2 : n}, rows.options());
   kernels->linear({dtype_of(x), rows.const_data_ptr(), packed.const_data_ptr(), data(biases), out.data_ptr(),
                    rows.size(0), n, k, gated});
@@ -60,10 +70,9 @@ Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scal
                         const Maybe& columns, int64_t n, const Maybe& bias) {
   if (!known(x))
     return reference<Tensor>("folo_reference::quantized_linear", x, codes, scales, zeros, columns, n, bias);
-  if (bias) same_dtype(x, {&*bias});
   const Tensor rows = x.contiguous();
   const Maybe places = columns ? Maybe(columns->contiguous()) : Maybe();
-  const Maybe biases = bias ? Maybe(bias->contiguous()) : Maybe();
+  const Maybe biases = of_columns(bias, x, n);
   const int64_t k = rows.size(1), tiles = (n + 15) / 16, blocks = codes.size(1), spans = scales.size(1);
   int64_t span = 1;
   while (span < 4 && span * spans < blocks) span *= 2;
@@ -85,10 +94,9 @@ Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scal
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   if (!known(x)) return reference<Tensor>("folo_reference::rms_norm", x, weight, eps);
-  same_dtype(x, {&weight});
-  const Tensor rows = x.contiguous(), scale = weight.contiguous();
+  const int64_t d = x.size(-1), m = d ? x.numel() / d : 0;
+  const Tensor rows = x.contiguous(), scale = of_columns(weight, x, d);
   Tensor out = at::empty_like(rows);
-  const int64_t d = weight.numel(), m = d ? rows.numel() / d : 0;
   kernels->norm({dtype_of(x), rows.const_data_ptr(), nullptr, scale.const_data_ptr(), out.data_ptr(), nullptr, m, d,
                  float(eps)});
   return out;
@@ -97,8 +105,10 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
   if (!known(x))
     return reference<std::tuple<Tensor, Tensor>>("folo_reference::add_rms_norm", x, residual, weight, eps);
-  same_dtype(x, {&residual, &weight});
-  const Tensor rows = x.contiguous(), others = residual.contiguous(), scale = weight.contiguous();
+  same_dtype(x, {&residual});
+  TORCH_CHECK(x.dim() == 2 && x.sizes() == residual.sizes(), "a residual of ", residual.sizes(), " does not fit x ",
+              x.sizes());
+  const Tensor rows = x.contiguous(), others = residual.contiguous(), scale = of_columns(weight, x, x.size(1));
   Tensor out = at::empty_like(rows), total = at::empty_like(rows);
   kernels->norm({dtype_of(x), rows.const_data_ptr(), others.const_data_ptr(), scale.const_data_ptr(), out.data_ptr(),
                  total.data_ptr(), rows.size(0), rows.size(1), float(eps)});
@@ -107,6 +117,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
 
 Tensor silu_mul(const Tensor& gate_up) {
   if (!known(gate_up)) return reference<Tensor>("folo_reference::silu_mul", gate_up);
+  TORCH_CHECK(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "no two halves of columns: ", gate_up.sizes());
   const Tensor rows = gate_up.contiguous();
   const int64_t m = rows.size(0), n = rows.size(1) / 2;
   Tensor out = at::empty({m, n}, rows.options());
@@ -115,8 +126,8 @@ Tensor silu_mul(const Tensor& gate_up) {
 }
 
 // Where blocks and heads begin, in units of 4 bytes, of caches as folo/ops/kv_cache.py lays them.
-Strides strides_of(const Tensor& k, const Tensor& v) {
-  const int64_t per = 4 / k.element_size(), size = k.size(1), dim = v.size(v.dim() - 1);
+Strides strides_of(const Tensor& k, const Tensor& v, int64_t dim) {
+  const int64_t per = 4 / k.element_size(), size = k.size(1);
   const auto lie = [](const Tensor& x, at::IntArrayRef inner) {  // as these do, blocks and heads anywhere
     for (int64_t i = 0; i < x.dim(); ++i)
       if (inner[size_t(i)] && x.size(i) > 1 && x.stride(i) != inner[size_t(i)]) return false;
@@ -125,6 +136,10 @@ Strides strides_of(const Tensor& k, const Tensor& v) {
   const bool alike = per == 2 ? k.dim() == 5 && v.dim() == 5 && lie(k, {0, 2, 0, 2 * size, 1}) &&
                                     lie(v, {0, 2 * dim, 1, 0, 2})
                               : k.dim() == 4 && v.dim() == 4 && lie(k, {0, 1, 0, size}) && lie(v, {0, dim, 0, 1});
+  TORCH_CHECK(k.size(0) == v.size(0) && k.size(2) == v.size(-2) && v.size(-1) == dim &&
+                  k.numel() == k.size(0) * size * k.size(2) * dim &&
+                  v.numel() == v.size(0) * ((size + per - 1) / per * per) * v.size(-2) * dim,
+              "K and V of ", k.sizes(), " and ", v.sizes(), " are not of one cache, of heads of ", dim);
   TORCH_CHECK(alike, "K and V lie as folo.ops.kv_cache.zeros lays them, not in ", k.sizes(), " by ", k.strides());
   return {k.stride(0) / per, k.stride(2) / per, v.stride(0) / per, v.stride(v.dim() - 2) / per};
 }
@@ -140,13 +155,17 @@ Tensor qk_norm_rope_write(const Tensor& qkv, const Tensor& angles, const Maybe& 
   const Tensor rows = qkv.contiguous(), turns = angles.contiguous(), places = slots.contiguous();
   TORCH_CHECK(turns.scalar_type() == at::kFloat && places.scalar_type() == at::kLong,
               "angles are float32 and slots int64");
-  const int64_t t = rows.size(0), d = turns.size(1), kv = k_cache.size(2), heads = rows.size(1) / d - 2 * kv;
-  const bool normed = q_norm && k_norm;
+  const int64_t t = rows.size(0), d = turns.size(1), kv = k_cache.size(2);
+  TORCH_CHECK(turns.dim() == 2 && turns.size(0) == t && d > 0 && d % 2 == 0 && places.numel() == t,
+              "angles of ", turns.sizes(), " and slots of ", places.sizes(), " do not fit ", t, " rows");
+  const int64_t heads = rows.size(1) / d - 2 * kv;
+  TORCH_CHECK(heads > 0 && rows.size(1) == (heads + 2 * kv) * d, "rows of ", rows.size(1), " are no heads of ", d);
+  TORCH_CHECK(q_norm.has_value() == k_norm.has_value(), "queries and keys are both normalised, or neither");
+  const Maybe q_scale = of_columns(q_norm, rows, d), k_scale = of_columns(k_norm, rows, d);
   Tensor q = at::empty({t, heads, d}, rows.options());
   kernels->rope({dtype_of(rows), rows.const_data_ptr(), turns.const_data_ptr<float>(),
-                 normed ? q_norm->const_data_ptr() : nullptr, normed ? k_norm->const_data_ptr() : nullptr,
-                 units(k_cache), units(v_cache), strides_of(k_cache, v_cache), k_cache.size(1),
-                 places.const_data_ptr<int64_t>(), q.data_ptr(), t, heads, kv, d, float(eps)});
+                 data(q_scale), data(k_scale), units(k_cache), units(v_cache), strides_of(k_cache, v_cache, d),
+                 k_cache.size(1), places.const_data_ptr<int64_t>(), q.data_ptr(), t, heads, kv, d, float(eps)});
   return q;
 }
 
@@ -160,11 +179,18 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
                lens = seq_lens.contiguous();
   TORCH_CHECK(tables.scalar_type() == at::kInt && starts.scalar_type() == at::kInt && lens.scalar_type() == at::kInt,
               "block_tables, query_start and seq_lens are int32");
+  const int64_t count = lens.numel(), kv = k_cache.size(2);
+  TORCH_CHECK(rows.dim() == 3 && kv > 0 && rows.size(1) % kv == 0, "queries of ", rows.sizes(), " do not fit ", kv,
+              " KV heads");
+  TORCH_CHECK(tables.dim() == 2 && tables.size(0) == count && starts.numel() == count + 1 &&
+                  starts.const_data_ptr<int32_t>()[count] <= rows.size(0),
+              "block_tables of ", tables.sizes(), " and query_start of ", starts.sizes(), " do not fit ", count,
+              " sequences and ", rows.size(0), " queries");
   Tensor out = at::empty_like(rows);
   kernels->attention({dtype_of(q), rows.const_data_ptr(), units(k_cache), units(v_cache),
-                      strides_of(k_cache, v_cache), tables.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(),
-                      lens.const_data_ptr<int32_t>(), out.data_ptr(), lens.size(0), tables.size(1), k_cache.size(1),
-                      q.size(1), k_cache.size(2), q.size(2), float(scale)});
+                      strides_of(k_cache, v_cache, q.size(2)), tables.const_data_ptr<int32_t>(),
+                      starts.const_data_ptr<int32_t>(), lens.const_data_ptr<int32_t>(), out.data_ptr(), count,
+                      tables.size(1), k_cache.size(1), q.size(1), kv, q.size(2), float(scale)});
   return out;
 }
 
@@ -188,7 +214,7 @@ struct Groups {
 
   at::TensorList next() {
     TORCH_CHECK(!sizes.empty() && sizes[0] >= 0 && size_t(sizes[0]) <= tensors.size(),
-                "decoder layers are 12 groups of tensors each");
+                "fewer tensors than the sizes of their groups say");
     const at::TensorList group = tensors.slice(0, size_t(sizes[0]));
     tensors = tensors.slice(group.size());
     sizes = sizes.slice(1);
@@ -201,6 +227,7 @@ struct Groups {
   }
   Maybe optional() {
     const at::TensorList group = next();
+    TORCH_CHECK(group.size() <= 1, "a bias or norm is one tensor");
     return group.empty() ? Maybe() : Maybe(group[0]);
   }
 };
@@ -211,7 +238,8 @@ std::tuple<Tensor, Tensor> decoder_layers(
     const Tensor& x, const Tensor& residual, const Tensor& angles, at::TensorList weights, at::IntArrayRef sizes,
     int64_t num_heads, int64_t inner, double eps, double scale, at::TensorList k_caches, at::TensorList v_caches,
     const Tensor& slots, const Tensor& block_tables, const Tensor& query_start, const Tensor& seq_lens) {
-  TORCH_CHECK(k_caches.size() == v_caches.size(), "each layer has a K and a V");
+  TORCH_CHECK(k_caches.size() == v_caches.size() && sizes.size() == 12 * k_caches.size(),
+              "each layer has a K, a V and 12 groups of tensors");
   Groups groups{weights, sizes};
   Tensor normed = x, total = residual;
   for (size_t layer = 0; layer < k_caches.size(); ++layer) {
