@@ -408,6 +408,7 @@ class TestCommand:
             (["timeline", "--requests", "x"], "argument --requests: invalid positive value: 'x'"),
             (["timeline", "--json", "/nowhere/t.json"], "/nowhere/t.json: there is no directory /nowhere"),
             (["timeline", "--trace", "/"], "/: is a directory"),
+            (["timeline", "--trace", "/dev/null"], "/dev/null: is no regular file"),
             (["timeline", "--plot", "pool.txt"], "pool.txt: expected a name that ends in .png, .svg or .pdf"),
             (["timeline", "--model", "./nowhere"], "There is no such path: ./nowhere"),
             (["ablation", "--plot", "/nowhere/a.png"], "/nowhere/a.png: there is no directory /nowhere"),

@@ -361,6 +361,18 @@ def test_a_directory_that_is_not_there_is_an_os_error(tiny: folo.Params, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["pipe", ".", "", "/"])
+def test_what_is_no_file_is_neither_replaced_nor_written_to(
+    name: str, tiny: folo.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")  # stands for /dev/null, which a rename would replace as well
+    with pytest.raises(OSError, match="is no regular file"):
+        folo.save(folo.init(tiny, folo.CacheConfig(num_blocks=8)), name)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_restoring_runs_nothing_from_the_file(
     tiny: folo.Params, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,8 @@ def output_file(name: str) -> Path:
     path = Path(name)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{name}: is a directory")
+    if path.exists() and not path.is_file():  # a rename would put a file in its place
+        raise argparse.ArgumentTypeError(f"{name}: is no regular file")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{name}: there is no directory {path.parent}")
     return path

@@ -53,6 +53,8 @@ def save(state: EngineState, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written; nothing is left behind.
     """
     state, path = landed(state), Path(path)
+    if not path.name or (path.exists() and not path.is_file()):  # a rename would replace a device, say
+        raise OSError(f"{path} is no regular file: give the name of one, or a new name")
     tensors = _tensors(state)
     metadata = {
         "format": FORMAT,
