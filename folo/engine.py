@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
@@ -175,7 +175,9 @@ class LLMEngine:
         return self.tokenizer(prompt, verbose=False)["input_ids"]  # what is too long, `submit` refuses
 
     def _unused_id(self) -> str:
-        while (id := str(self._next_id)) in self._clocks or id in self._done:
+        # A state may have been set from outside, with requests that have no clock here.
+        taken = self._clocks, self._done, self.state.requests, self.state.finished
+        while any((id := str(self._next_id)) in ids for ids in taken):
             self._next_id += 1
         self._next_id += 1
         return id
@@ -205,6 +207,10 @@ class LLMEngine:
     ) -> list[RequestOutput]:
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             each: Sequence[SamplingParams | None] = [sampling_params] * len(prompts)
+        elif isinstance(sampling_params, (str, Mapping)) or not isinstance(sampling_params, Iterable):
+            raise RequestError(
+                f"sampling_params must be SamplingParams, or one each, got {sampling_params!r}"
+            )
         else:
             each = list(sampling_params)
         if len(each) != len(prompts):
@@ -230,10 +236,20 @@ class LLMEngine:
                 left.subtract(moved)
                 finished = pending & self._done.keys()
                 pending -= finished
+                if not moved:
+                    self._check_held(pending)
                 total -= sum(left[id] for id in finished)
                 bar.total = total
                 bar.set_postfix_str(f"{num_prompts - len(pending)}/{num_prompts} prompts", refresh=False)
                 bar.update(len(moved))
+
+    def _check_held(self, pending: set[str]) -> None:
+        for id in pending:
+            if id not in self.state.requests and id not in self._done:
+                raise RequestError(
+                    f"request {id!r} is no longer in the engine's state: has another thread used the engine? "
+                    "It is for one thread: make an LLM for each"
+                )
 
     def _stream(self, request: Request) -> Generator[str, None, RequestOutput]:
         id, shown = request.id, 0
@@ -315,9 +331,10 @@ def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Whether this is one prompt, not several. Raises RequestError if it can be neither."""
     if isinstance(prompts, (str, Mapping)):
         return True
-    if isinstance(prompts, torch.Tensor):
+    if isinstance(prompts, torch.Tensor) and prompts.ndim:
         return prompts.ndim == 1
-    if not hasattr(prompts, "__len__"):
+    no_list = isinstance(prompts, (bytes, bytearray)) or not hasattr(prompts, "__getitem__")
+    if no_list or getattr(prompts, "ndim", 1) == 0 or not hasattr(prompts, "__len__"):
         raise RequestError(f"prompts must be text, token ids, or a list of prompts, got {prompts!r}")
     return len(prompts) > 0 and isinstance(prompts[0], Integral)
 

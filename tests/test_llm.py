@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
@@ -457,6 +458,27 @@ class TestEngine:
         assert isinstance(output, folo.RequestOutput)
         assert {output.request_id for output in engine.step()} == {"0", "1"}
 
+    def test_generate_stays_clear_of_the_ids_of_a_restored_state(
+        self, engine: LLMEngine, tmp_path: Path
+    ) -> None:
+        engine.add_request("0", "the cat", replace(SEEDED, max_tokens=1))
+        engine.add_request("1", "the cat", SEEDED)
+        folo.save(engine.state, tmp_path / "state")
+        other = LLMEngine(engine.config, use_tqdm=False)
+        other.state = folo.restore(other.params, tmp_path / "state", tokenizer=other.tokenizer)
+        output = other.generate("x", SEEDED)
+        assert isinstance(output, folo.RequestOutput)
+        assert output.request_id == "2"
+        assert "".join(other.stream("x", SEEDED)) == text_of(output)
+
+    def test_generate_does_not_wait_for_requests_that_someone_took_away(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = llm.state  # another thread, say, puts back what it took before this one came
+        monkeypatch.setattr(llm, "_collect", lambda: setattr(llm, "state", before))
+        with pytest.raises(RequestError, match=r"'0' is no longer in the engine's state.*an LLM for each"):
+            llm.generate("x", SEEDED, use_tqdm=False)
+
 
 class TestConfiguration:
     def test_options_reach_their_configs(self, checkpoint: str) -> None:
@@ -588,10 +610,17 @@ class TestPromptForms:
         }
         assert [output.prompt for output in outputs[:4]] == ["the cat", None, None, "the cat"]
 
-    @pytest.mark.parametrize("prompts", [None, 5, iter(["the cat"])])
+    @pytest.mark.parametrize(
+        "prompts", [None, 5, iter(["the cat"]), {"the cat"}, torch.tensor(5), np.array(5), b"the cat"]
+    )
     def test_what_is_no_prompt_and_no_list_is_refused(self, llm: LLM, prompts: Any) -> None:
         with pytest.raises(RequestError, match="prompts must be text, token ids, or a list"):
             llm.generate(prompts, use_tqdm=False)
+
+    @pytest.mark.parametrize("params", [5, "x", {"temperature": 0, "n": 1}, ["x"]])
+    def test_what_are_no_parameters_is_refused(self, llm: LLM, params: Any) -> None:
+        with pytest.raises(RequestError, match="must be SamplingParams"):
+            llm.generate("the cat", params, use_tqdm=False)
 
     def test_a_string_that_is_no_text_is_refused(self, llm: LLM) -> None:
         with pytest.raises(RequestError, match=r"'the \\udc80' holds a lone surrogate"):
