@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import SupportsIndex
 
 from folo.errors import RequestError
 from folo.sampling import SamplingParams
@@ -23,7 +24,7 @@ class Request:
         prompt: the text that the ids came from, carried through to the output.
 
     Raises:
-        RequestError: an empty prompt, ids that are not integers, an empty id.
+        RequestError: an empty prompt, ids that are not integers, an empty id, a field of another type.
     """
 
     prompt_token_ids: Sequence[int]
@@ -36,19 +37,28 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
             raise RequestError(f"request id {self.id!r} must be a non-empty string")
-        try:
-            ids = tuple(operator.index(token) for token in self.prompt_token_ids)
-        except TypeError as error:
-            raise RequestError(f"request {self.id!r}: prompt_token_ids must be ints ({error})") from None
+        ids = integers(f"request {self.id!r}: prompt_token_ids", self.prompt_token_ids)
         if not ids:
             raise RequestError(f"request {self.id!r}: the prompt is empty; give at least one token id")
         if not isinstance(self.sampling, SamplingParams):
             raise RequestError(f"request {self.id!r}: sampling must be SamplingParams, got {self.sampling!r}")
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise RequestError(f"request {self.id!r}: prompt {self.prompt!r} is not a string")
         if not isinstance(self.priority, int):
             raise RequestError(f"request {self.id!r}: priority {self.priority!r} is not an int")
         if not isinstance(self.cache_salt, str):
             raise RequestError(f"request {self.id!r}: cache_salt {self.cache_salt!r} is not a string")
         object.__setattr__(self, "prompt_token_ids", ids)
+
+
+def integers(what: str, ids: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """Token ids as ints. Raises RequestError, about `what`, if they are none."""
+    if isinstance(ids, (bytes, bytearray)):  # whose items are
+        raise RequestError(f"{what} must be ints, got {bytes(ids[:40])!r}: encode text with the tokenizer")
+    try:
+        return tuple(operator.index(token) for token in ids)
+    except TypeError as error:
+        raise RequestError(f"{what} must be ints ({error})") from None
 
 
 @dataclass(frozen=True)

@@ -234,10 +234,11 @@ def _transformed(logits: Tensor, row: Row) -> Tensor:
     shape = logits.shape
     for transform in request.sampling.logits_processors:
         logits = transform(logits, context)
-        if not isinstance(logits, Tensor) or logits.shape != shape:
-            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if not isinstance(logits, Tensor) or logits.shape != shape or not logits.is_floating_point():
+            known = isinstance(logits, Tensor)
+            got = f"{logits.dtype} {tuple(logits.shape)}" if known else type(logits).__name__
             raise RequestError(
                 f"request {request.id!r}: the logits processor {transform!r} returned {got}; it has to "
-                f"return logits of shape {tuple(shape)}"
+                f"return floating-point logits of shape {tuple(shape)}"
             )
     return logits

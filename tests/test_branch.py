@@ -378,7 +378,8 @@ def test_a_child_of_a_restored_parent_fits_the_heap_that_it_was_restored_into(
 
 def test_seeds_and_tokens_may_be_numpys_and_are_kept_as_ints(tiny: folo.Params, tmp_path: Path) -> None:
     seeds, tokens = np.array([3, 4]), np.array([[7, 8], [9, 9]])
-    forked = folo.fork(started(tiny), "a", ["b", "c"], append=list(tokens), seeds=list(seeds))
+    keep = np.int64(10)
+    forked = folo.fork(started(tiny), "a", ["b", "c"], 0, keep, list(tokens), list(seeds))  # pyright: ignore
     extended = folo.extend(forked, "c", tokens[0])
     folo.save(extended, tmp_path / "state")
     assert folo.outputs(folo.restore(tiny, tmp_path / "state")) == folo.outputs(extended)
@@ -436,6 +437,7 @@ def test_a_fork_that_is_refused_names_why_and_changes_nothing(
         (("a", [300]), r"token id 300 is outside the vocabulary, \[0, 300\)"),
         (("a", [1.5]), "token ids must be ints"),
         (("a", 5), "token ids must be ints"),
+        (("a", b"ab"), "token ids must be ints, got b'ab': encode text"),
         (("a", [4] * 242), "256 tokens leave no room for output under max_model_len=256"),
     ],
 )

@@ -199,7 +199,15 @@ def test_token_ids_outside_the_vocabulary_are_refused(tiny: folo.Params) -> None
             folo.model.forward(tiny, torch.tensor([5, wrong, 6]))
 
 
-@pytest.mark.parametrize(("ids", "kind"), [([5, 6], "list"), (torch.tensor([5.0]), "torch.float32")])
+@pytest.mark.parametrize(
+    ("ids", "kind"),
+    [
+        ([5, 6], "list"),
+        (torch.tensor([5.0]), "torch.float32"),
+        (torch.tensor([True]), "torch.bool"),
+        (torch.tensor([1j]), "torch.complex64"),
+    ],
+)
 def test_token_ids_that_are_no_integer_tensor(tiny: folo.Params, ids: Any, kind: str) -> None:
     with pytest.raises(folo.ConfigError, match=f"must be an integer tensor, got {kind}"):
         folo.model.forward(tiny, ids)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from engine import finish_all, prompt, run
@@ -169,7 +170,15 @@ def test_a_logits_processor_sees_its_own_row_and_decides(tiny: folo.Params) -> N
     assert all(tuple(c.prompt_ids) == tuple(ids) for c in seen)
 
 
-@pytest.mark.parametrize("wrong", [lambda logits, context: logits[:5], lambda logits, context: None])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda logits, context: logits[:5],
+        lambda logits, context: None,
+        lambda logits, context: logits.argsort(),
+        lambda logits, context: logits > 0,
+    ],
+)
 def test_a_logits_processor_that_returns_something_else_is_named(tiny: folo.Params, wrong: Any) -> None:
     with pytest.raises(folo.RequestError, match=r"'a': the logits processor .* of shape \(300,\)"):
         one(tiny, prompt(5), logits_processors=[wrong])
@@ -308,6 +317,19 @@ def test_an_unknown_finish_reason_is_refused(tiny: folo.Params) -> None:
         folo.finish(state, "a", "banana")
 
 
+@pytest.mark.parametrize("stop_reason", [object(), 1.5])
+def test_a_stop_reason_that_cannot_be_saved_is_refused(tiny: folo.Params, stop_reason: Any) -> None:
+    state = folo.submit(folo.init(tiny), folo.Request(prompt(8), folo.SamplingParams(), "a"))
+    with pytest.raises(folo.RequestError, match=r"stop_reason .*expected a stop string, a token id or None"):
+        folo.finish(state, "a", "stop", stop_reason)
+
+
+def test_a_stop_reason_may_be_numpys_and_is_kept_as_an_int(tiny: folo.Params) -> None:
+    state = folo.submit(folo.init(tiny), folo.Request(prompt(8), folo.SamplingParams(), "a"))
+    (output,) = folo.outputs(folo.finish(state, "a", "stop", np.int64(7)))["a"].outputs  # pyright: ignore
+    assert type(output.stop_reason) is int
+
+
 def test_ids_and_salts_may_be_any_string(tiny: folo.Params) -> None:
     request = folo.Request(prompt(40), folo.SamplingParams(max_tokens=1), "\ud800", cache_salt="\udfff")
     assert run(tiny, [request])["\ud800"].finished
@@ -318,6 +340,7 @@ BAD_REQUESTS = [
     ([3, 300], {}, r"token id 300 is outside the vocabulary, \[0, 300\)"),
     ([-1], {}, "token id -1 is outside"),
     ([3.5], {}, "must be ints"),
+    (b"abc", {}, "must be ints, got b'abc': encode text"),
     ([3] * 256, {}, "leaves no room for output under max_model_len=256"),
     ([3], {"stop": "x"}, "stop strings need a tokenizer"),
     ([3], {"logit_bias": {300: 1.0}}, "token id 300 is outside"),
@@ -335,6 +358,16 @@ def test_a_request_that_cannot_be_served_is_refused_at_submit(
     with pytest.raises(folo.RequestError, match=message):
         folo.submit(state, folo.Request(ids, folo.SamplingParams(**sampling), "a"))
     assert not folo.has_unfinished(state)
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    with pytest.raises(folo.RequestError, match="'a': prompt b'abc' is not a string"):
+        folo.Request([3], id="a", prompt=cast("Any", b"abc"))
+
+
+def test_what_is_no_request_is_refused(tiny: folo.Params) -> None:
+    with pytest.raises(folo.RequestError, match=r"submit takes a folo\.Request, got 'the cat'"):
+        folo.submit(folo.init(tiny), cast("Any", "the cat"))
 
 
 def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
@@ -359,6 +392,8 @@ def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
         (lambda p: folo.CacheConfig(kv_cache_gib=cast("Any", "4")), "kv_cache_gib='4'"),
         (lambda p: folo.init(p, seed=-1), "seed=-1"),
         (lambda p: folo.init(p, seed=True), "seed=True"),
+        (lambda p: folo.init(p, cast("Any", "tokenizer")), "cache='tokenizer': expected a CacheConfig"),
+        (lambda p: folo.init(p, None, cast("Any", 5)), "scheduler=5: expected a SchedulerConfig"),
         (lambda p: folo.CacheConfig(gpu_memory_utilization=1.5), "gpu_memory_utilization=1.5"),
         (lambda p: folo.CacheConfig(reserve_blocks=-1), "reserve_blocks=-1"),
         (lambda p: folo.SchedulerConfig(max_num_seqs=0), "max_num_seqs=0"),

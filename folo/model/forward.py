@@ -173,7 +173,12 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
             under a transform.
     """
     config = params.config
-    if not isinstance(token_ids, Tensor) or token_ids.is_floating_point():
+    if (
+        not isinstance(token_ids, Tensor)
+        or token_ids.is_floating_point()
+        or token_ids.is_complex()
+        or token_ids.dtype == torch.bool
+    ):
         kind = token_ids.dtype if isinstance(token_ids, Tensor) else type(token_ids).__name__
         raise ConfigError(f"token_ids must be an integer tensor, got {kind}: torch.tensor(ids) makes one")
     if token_ids.ndim != 1 or not token_ids.numel():

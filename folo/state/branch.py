@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from folo import detokenize
 from folo.errors import RequestError
+from folo.request import integers
 from folo.state.engine import EngineState, Held
 from folo.state.evolve import evolve
 from folo.state.flight import landed
@@ -51,11 +52,12 @@ def fork(
     parent = _sample(state, id, sample)
     num_prompt, length = parent.origin.num_prompt, parent.tokens.length
     keep = length if keep is None else keep
-    if not isinstance(keep, int) or not num_prompt <= keep <= length:
+    if not isinstance(keep, Integral) or not num_prompt <= keep <= length:
         raise RequestError(
             f"fork of {id!r}: keep={keep!r}, but it counts tokens with the prompt: {num_prompt} (the prompt) "
             f"to {length} (all)"
         )
+    keep = int(keep)
     if isinstance(children, str) or not isinstance(children, Collection) or not children:
         raise RequestError(f"fork of {id!r}: children={children!r} is not a list of different ids")
     for child in children:
@@ -160,10 +162,7 @@ def _sample(state: EngineState, id: str, sample: int) -> Sequence:
 
 
 def _ids(state: EngineState, what: str, token_ids: Items[int]) -> list[int]:
-    try:
-        ids = [operator.index(token) for token in token_ids]
-    except TypeError as error:
-        raise RequestError(f"{what}: token ids must be ints ({error})") from None
+    ids = list(integers(f"{what}: token ids", token_ids))
     check_vocabulary(state, what, ids)
     return ids
 

@@ -140,13 +140,17 @@ def init(
             independent of what else runs.
 
     Raises:
-        ConfigError: the seed is out of range; the heap would hold no block, or takes more memory than
-            there is; max_model_len exceeds the model or the heap; the attention backend cannot be had.
+        ConfigError: the seed is out of range; a configuration of another type; the heap would hold no
+            block, or takes more memory than there is; max_model_len exceeds the model or the heap; the
+            attention backend cannot be had.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
         raise ConfigError(f"seed={seed!r}: expected an int in [0, 2**64)")
     cache = CacheConfig() if cache is None else cache
     scheduler = SchedulerConfig() if scheduler is None else scheduler
+    for name, value, kind in (("cache", cache, CacheConfig), ("scheduler", scheduler, SchedulerConfig)):
+        if not isinstance(value, kind):
+            raise ConfigError(f"{name}={value!r}: expected a {kind.__name__}")
     config = params.config
     backend = attention_backend(
         attention, params.device, params.dtype, cache.block_size, config.head_dim, deterministic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from numbers import Integral
 
 import numpy as np
 
@@ -30,6 +31,8 @@ def submit(state: EngineState, request: Request) -> EngineState:
         RequestError: a duplicate id; a prompt that leaves no room under max_model_len; token ids
             outside the vocabulary; stop strings without a tokenizer.
     """
+    if not isinstance(request, Request):
+        raise RequestError(f"submit takes a folo.Request, got {request!r}")
     _validate(state, request)
     params, tokens = request.sampling, Log(request.prompt_token_ids)
     seed = derive_seed(state.seed, request.id) if params.seed is None else params.seed
@@ -145,10 +148,13 @@ def finish(
     """End every unfinished sequence of a request with this finish_reason; its blocks are released.
 
     Raises:
-        RequestError: no such request, or an unknown reason.
+        RequestError: no such request, an unknown reason, or a stop_reason of another type.
     """
     if reason not in ("stop", "length", "abort"):
         raise RequestError(f'finish reason {reason!r}: expected "stop", "length" or "abort"')
+    if not isinstance(stop_reason, str | Integral | None):
+        raise RequestError(f"stop_reason {stop_reason!r}: expected a stop string, a token id or None")
+    stop_reason = int(stop_reason) if isinstance(stop_reason, Integral) else stop_reason
     state = landed_or_before(state)
     request, pool = state.held(id).request, state.pool
     mine = [s for s in (*state.running, *state.waiting) if s.origin.request is request]
