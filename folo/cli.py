@@ -40,6 +40,9 @@ _OVERRIDES = ("max_tokens", "temperature", "top_p", "top_k", "seed")  # options 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv` is without the program's name."""
+    if sys.stdout is None:
+        print("folo: error: standard output is closed", file=sys.stderr)
+        return _BAD_INPUT
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character loses no more than that
     try:

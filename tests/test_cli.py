@@ -330,6 +330,13 @@ class TestEnd:
         assert b"Traceback" not in err
         assert err.endswith(b"folo: interrupted\n")
 
+    def test_closed_output(
+        self, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `folo ... >&-`
+        assert main(["info", model]) == 2
+        assert capsys.readouterr().err == "folo: error: standard output is closed\n"
+
     def test_closed_pipe(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         assert process.stderr is not None
