@@ -87,8 +87,14 @@ class LLMEngine:
         self._streams: set[str] = set()  # requests whose outputs belong to an open stream
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json asks for, folo's defaults elsewhere."""
-        return SamplingParams(**cast("dict[str, Any]", dict(self.params.config.sampling_defaults)))
+        """What the model's generation_config.json asks for, folo's defaults elsewhere.
+
+        Raises RequestError if that makes no sense.
+        """
+        try:
+            return SamplingParams(**cast("dict[str, Any]", dict(self.params.config.sampling_defaults)))
+        except RequestError as error:
+            raise RequestError(f"generation_config.json of the model: {error}") from None
 
     def add_request(
         self,

@@ -307,6 +307,13 @@ class TestCommand:
         assert self.run(tiny_dir, "--nearest", "--out", tiny_dir) == 2
         assert "is there already" in capsys.readouterr().err
 
+    def test_refuses_a_place_that_cannot_be_written_to_before_the_work(
+        self, tiny_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+        assert self.run(tiny_dir, "--nearest", "--out", tiny_dir / "new") == 2
+        assert capsys.readouterr().err == f"folo: error: {tiny_dir} cannot be written to\n"
+
     def test_refuses_a_place_that_is_none(
         self, tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -112,6 +112,11 @@ class TestGenerate:
         params = SamplingParams(**MODEL_DEFAULTS, seed=default.outputs[0].seed)
         assert ids_of(llm.generate("the cat", params, use_tqdm=False)[0]) == ids_of(default)
 
+    def test_defaults_of_the_model_that_make_no_sense_name_their_file(self, tmp_path: Path) -> None:
+        tiny_checkpoint(tmp_path, tokenizer=True, generation={"top_k": 50.0})
+        with pytest.raises(RequestError, match=r"generation_config\.json of the model: top_k .*got 50\.0"):
+            small_llm(str(tmp_path)).generate("the cat", use_tqdm=False)
+
     def test_counts_parameters_and_prompts(self, llm: LLM) -> None:
         with pytest.raises(RequestError, match="2 sampling_params for 3 prompts"):
             llm.generate(PROMPTS, [SEEDED] * 2, use_tqdm=False)

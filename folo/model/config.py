@@ -112,7 +112,7 @@ class DecoderConfig:
         hidden, heads = positive_int(config, "hidden_size"), positive_int(config, "num_attention_heads")
         head_dim = positive_int(config, "head_dim", hidden // heads)
         max_position = positive_int(config, "max_position_embeddings")
-        attention_bias = (llama or qwen3) and bool(config.get("attention_bias", False))
+        attention_bias = (llama or qwen3) and flag(config, "attention_bias")
         return cls(
             architecture=architecture,
             vocab_size=positive_int(config, "vocab_size"),
@@ -127,9 +127,9 @@ class DecoderConfig:
             rope=_rope(config, max_position),
             qkv_bias=attention_bias or qwen2,
             o_bias=attention_bias,
-            mlp_bias=llama and bool(config.get("mlp_bias", False)),
+            mlp_bias=llama and flag(config, "mlp_bias"),
             qk_norm=qwen3,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=flag(config, "tie_word_embeddings"),
             dtype=dtype,
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=_eos_token_ids(config, generation),
@@ -183,7 +183,7 @@ def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
         context = positive_int(config, "max_position_embeddings")
         slides = positive_int(config, "sliding_window", context) < context
     else:
-        slides = architecture.startswith("Qwen") and bool(config.get("use_sliding_window", False))
+        slides = architecture.startswith("Qwen") and flag(config, "use_sliding_window")
     if slides or "sliding_attention" in (typed(config, "layer_types", list) or ()):
         window = config.get("sliding_window")
         raise LoadError(f"Sliding window attention (sliding_window {window}) is not supported.")
@@ -241,6 +241,11 @@ def typed(config: Mapping[str, Any], key: str, kind: type) -> Any:
     if value is not None and not isinstance(value, kind):
         raise LoadError(f"{key} is {value!r}: it must be a {kind.__name__}.")
     return value
+
+
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """`config[key]`; False where it is absent or null. Raises LoadError naming the key ("false" is true)."""
+    return bool(typed(config, key, bool))
 
 
 def token_ids(config: Mapping[str, Any], key: str) -> list[int]:

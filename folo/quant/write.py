@@ -13,11 +13,13 @@ from folo.model.params import Params
 
 
 def check_target(path: Path) -> None:
-    """Raises ConfigError if there is something at `path` already, or no directory to make it in."""
+    """Raises ConfigError if there is something at `path` already, or no directory that it can be made in."""
     if path.exists():
         raise ConfigError(f"{path} is there already: give the name of a new directory")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path.absolute().parent} is no directory: make it first")
+    if not os.access(path.absolute().parent, os.W_OK):  # said before the work, not after
+        raise ConfigError(f"{path.absolute().parent} cannot be written to")
 
 
 def write(params: Params, tokenizer: Any, path: Path) -> None:
