@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton_source
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from folo.ops import cuda, reference, sampler
 from folo.ops.arithmetic import arithmetic
 from folo.ops.cuda.attention import paged_attention
 from folo.ops.cuda.kernel import DTYPES, Kernel
-from folo.ops.cuda.linear import linear
+from folo.ops.cuda.linear import linear, plan
 from folo.ops.cuda.norm import add_rms_norm, rms_norm, silu_mul
 from folo.ops.cuda.quantized import quantized_linear
 from folo.ops.cuda.rope import qk_norm_rope_write
@@ -150,6 +153,22 @@ def test_a_run_on_a_gpu_records_what_computes_it(monkeypatch: pytest.MonkeyPatch
     assert found["kernels"] != cuda.build_key()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert arithmetic(torch.device("cuda"))["backend"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capability", "stages"), [((8, 0), 8), ((8, 6), 7), ((8, 9), 7), ((9, 0), 8), ((12, 0), 7)]
+)
+def test_a_gpu_with_less_shared_memory_gets_fewer_stages(
+    capability: tuple[int, int], stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[int] = []
+    found = {"get_device_capability": lambda _: capability, "device_of": lambda _: nullcontext()}
+    for name, stand_in in found.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    kernel, grid = plan(4096, 1024, torch.bfloat16).product(1)
+    monkeypatch.setattr(JITFunction, "run", lambda *_, num_stages, **__: launched.append(num_stages))
+    kernel.launch(grid, SimpleNamespace(device=torch.device("cuda")))
+    assert launched == [stages]
 
 
 def test_float64_runs_as_the_reference() -> None:

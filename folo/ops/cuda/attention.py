@@ -258,7 +258,8 @@ def paged_attention(
     num_sequences, group = seq_lens.shape[0], num_heads // num_kv_heads
     num_splits = -(-block_tables.shape[1] * block_size // SPLIT)
     out = torch.empty_like(q)
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    # The matrix instructions of smaller GPUs of later generations (12.0) are those from before Hopper.
+    hopper = q.is_cuda and (9, 0) <= torch.cuda.get_device_capability(q.device) < (12, 0)
     tiles = num_tokens * group // _height(q.dtype, hopper) + num_sequences + 1
     programs = _programs(tiles * num_kv_heads, num_splits, 4 * num_splits * q.numel())
     parts = num_splits if programs > 1 else 0, num_tokens, num_heads

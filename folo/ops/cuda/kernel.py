@@ -19,29 +19,42 @@ from torch import Tensor
 DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 """The dtypes that the kernels are written for, and what Triton calls a pointer to them."""
 
+_SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""Compute capabilities that give a program 99 KB of shared memory; others, from 8.0 on, give 163 or more."""
+
 
 @dataclass(frozen=True)
 class Kernel:
     """A `triton.jit` function, its constants, and how it is compiled.
 
-    Products and sums are never fused: kernels that state the same arithmetic then give the same bits.
+    Products and sums are never fused: kernels that state the same arithmetic then give the same bits. How
+    many stages of a loop are under way at once changes none either: `few_stages` are what fits into the
+    shared memory of smaller GPUs, where `num_stages` do not.
     """
 
     function: Any
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int = 1
+    few_stages: int | None = None
+
+    def stages(self, capability: tuple[int, int]) -> int:
+        """Those for a GPU of this compute capability."""
+        return self.few_stages if self.few_stages and capability in _SMALL else self.num_stages
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
         """Run it on the device of the first argument, a tensor; an empty grid runs nothing."""
         if 0 in grid:
             return
+        device, stages = args[0].device, self.num_stages
+        if self.few_stages and device.type == "cuda":
+            stages = self.stages(torch.cuda.get_device_capability(device))
         with torch.cuda.device_of(args[0]):
             self.function[grid](
                 *args,
                 **self.constants,
                 num_warps=self.num_warps,
-                num_stages=self.num_stages,
+                num_stages=stages,
                 enable_fp_fusion=False,
             )
 

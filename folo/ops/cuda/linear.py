@@ -29,6 +29,8 @@ GROUP = 8  # tiles of rows: programs that run together meet in L2 in what they r
 _STAGES = {(64, 64): 8, (64, 128): 6, (128, 64): 4, (128, 128): 3}
 """For tiles of (rows, columns): what lets few programs keep much of the weight under way, and two of many
 share a multiprocessor."""
+_FEW_STAGES = {(64, 64): 7, (64, 128): 5}
+"""In the 99 KB of shared memory that smaller GPUs have; other tiles fit as they are."""
 
 
 @triton.jit
@@ -154,8 +156,10 @@ class Plan:
             "WALK": self.splits > 1 and not side_by_side,
             "ALIGNED": self.aligned,
         }
-        stages = _STAGES[height, self.block_n] if self.aligned else 2
-        kernel = Kernel(_product, constants, num_warps=max(4, height // 16), num_stages=stages)
+        stages, few = 2, None
+        if self.aligned:
+            stages, few = _STAGES[height, self.block_n], _FEW_STAGES.get((height, self.block_n))
+        kernel = Kernel(_product, constants, max(4, height // 16), stages, few)
         return kernel, (-(-m // height) * self.columns, self.splits if side_by_side else 1)
 
 
