@@ -39,21 +39,35 @@ class Recorder(Protocol):
         ...
 
 
-class CudaGraphs:
-    """CUDA graphs that share one memory pool, so that they have to be replayed one after the other."""
+class _OfDevice:
+    """The graphs of a device: one pool of memory, which is that of one stream."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
-        self._alive = WeakSet[torch.cuda.CUDAGraph]()
+        self.stream = torch.cuda.Stream()
+        self.pool: Any = None
+        self.alive = WeakSet[torch.cuda.CUDAGraph]()
+
+
+class CudaGraphs:
+    """CUDA graphs of the current device.
+
+    Those of a device share a memory pool, so that they have to be replayed one after the other.
+    """
+
+    def __init__(self) -> None:
+        self._devices: dict[int, _OfDevice] = {}
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        if not self._alive:  # a pool ends with the last of its graphs: torch takes no other into it
-            self._pool = torch.cuda.graph_pool_handle()
+        if (number := torch.cuda.current_device()) not in self._devices:
+            self._devices[number] = _OfDevice()  # torch's own stream for captures is of one device, the first
+        own = self._devices[number]
+        if not own.alive:  # a pool ends with the last of its graphs: torch takes no other into it
+            own.pool = torch.cuda.graph_pool_handle()
         function()  # kernels are compiled and loaded, which cannot be captured
         graph = torch.cuda.CUDAGraph()
-        with _uncollected(), torch.cuda.graph(graph, pool=self._pool):
+        with _uncollected(), torch.cuda.graph(graph, pool=own.pool, stream=own.stream):
             output = function()
-        self._alive.add(graph)
+        own.alive.add(graph)
         return graph.replay, output
 
 

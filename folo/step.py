@@ -132,6 +132,14 @@ def _step(
         raise ParamsMismatchError(
             "this state belongs to other parameters: its K and V come from them; step it with those"
         )
+    # Events are recorded, and graphs captured, on the current device, which need not be that of the state.
+    with torch.cuda.device_of(state.heap.k):
+        return _stepped(run, wait, params, state, batch)
+
+
+def _stepped(
+    run: Run, wait: bool, params: Params, state: EngineState, batch: Batch
+) -> tuple[EngineState, Tokens]:
     prepared = prologue(batch)
     sampled = run(params, prepared)
     if wait and not batch.foreseen:

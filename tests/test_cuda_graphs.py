@@ -24,15 +24,17 @@ class Graph:
 
 @pytest.fixture
 def pools(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The pools that graphs are captured into."""
-    used, handles = list[int](), count()
+    """The pools that graphs are captured into, each on one stream."""
+    used, handles, streams = list[int](), count(), dict[int, object]()
 
     @contextmanager
-    def graph(_: Graph, pool: int) -> Iterator[None]:
+    def graph(_: Graph, pool: int, stream: object) -> Iterator[None]:
+        assert streams.setdefault(pool, stream) is stream
         used.append(pool)
         yield
 
     stand_ins = {"CUDAGraph": Graph, "graph": graph, "graph_pool_handle": lambda: next(handles)}
+    stand_ins |= {"Stream": object, "current_device": lambda: 0}
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     return used
@@ -46,6 +48,16 @@ def test_graphs_share_a_pool_until_the_last_of_them_is_gone(pools: list[int]) ->
     held.clear()
     graphs.capture(lambda: torch.zeros(1))
     assert pools == [0, 0, 0, 1]
+
+
+def test_each_device_has_a_pool_and_a_stream_of_its_own(
+    pools: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, held = CudaGraphs(), []
+    for device in (1, 0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        held.append(graphs.capture(lambda: torch.zeros(1)))
+    assert pools == [0, 1, 0]
 
 
 def test_nothing_is_collected_during_a_capture(pools: list[int]) -> None:

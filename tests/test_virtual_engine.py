@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,32 @@ def test_a_state_is_forked_saved_and_goes_on_on_another_device(
         assert folo.outputs(finish_all(params, restored)) == expected
     rebound = folo.rebind(state, folo.load(tiny_dir, "float32", "cuda", use_tqdm=False))
     assert folo.outputs(ended(rebound.params, rebound, mode)) == expected
+
+
+@pytest.mark.parametrize("mode", ["inductor", "cudagraph"])
+def test_whatever_the_current_device_is_a_step_runs_on_its_own(
+    mode: CompileMode, tiny_dir: Path, device: VirtualCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events are recorded, and graphs captured, on the current device."""
+    inside, found = list[torch.Tensor](), list[bool]()
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    def noting(name: str) -> Any:
+        original = getattr(torch.cuda, name)
+        return lambda *args, **options: (found.append(bool(inside)), original(*args, **options))[1]
+
+    state = submitted(folo.load(tiny_dir, "float32", "cuda", use_tqdm=False))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("Event", "graph"):
+        monkeypatch.setattr(torch.cuda, name, noting(name))
+    ended(state.params, state, mode)
+    assert found == [True] * len(found)
+    assert bool(found) == (mode == "cudagraph")
 
 
 def test_llm_generates_streams_and_takes_cuda_by_itself(tiny_dir: Path, device: VirtualCuda) -> None:

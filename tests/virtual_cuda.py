@@ -79,6 +79,7 @@ def _stand_ins(device: VirtualCuda) -> dict[str, Any]:
         "set_sync_debug_mode": allow_waits,
         "Event": partial(Event, device),
         "CUDAGraph": Graph,
+        "Stream": object,
         "graph": device.captured,
         "graph_pool_handle": Pool,
     }

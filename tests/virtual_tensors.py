@@ -277,7 +277,7 @@ class VirtualCuda(TorchDispatchMode):
         self.launched += 1
 
     @contextmanager
-    def captured(self, graph: Graph, pool: Pool | None = None) -> Iterator[None]:
+    def captured(self, graph: Graph, pool: Pool | None = None, stream: Any = None) -> Iterator[None]:
         """In place of torch.cuda.graph."""
         self.finish(self.launched)
         graph.begin(Pool() if pool is None else pool)
