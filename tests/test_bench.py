@@ -26,6 +26,7 @@ from folo.bench.ablation import QUICK, Bench, token_times
 from folo.bench.compare import Comparison, PeerError, Worker, figure
 from folo.bench.peers import OWN
 from folo.bench.recording import StepRecord, lanes, recorded
+from folo.bench.roofline import Roofline
 from folo.bench.serving import WORKLOADS, workload
 from folo.bench.timeline import plot, trace
 from folo.bench.workloads import QWEN3_600M, Arrival, at_once, miniature, random_model, request
@@ -359,7 +360,7 @@ class TestCompare:
 class TestKernels:
     def test_counts_bytes_and_operations(self) -> None:
         shape = kernels.Shape("small", {"out": (48, 32)}, (4, 2, 16))
-        results = kernels.measure(shape, kernels.Roofline(1e9, 1e12), lambda: None)
+        results = kernels.measure(shape, lambda: Roofline(1e9, 1e12), lambda: None)
         one, *_, prefill = results
         assert (one.op, one.num_bytes, one.operations) == ("linear", 2 * 48 * 32 + 2 * (32 + 48), 2 * 48 * 32)
         assert prefill.operations == 4 * (2048 * 2049 // 2) * 4 * 16

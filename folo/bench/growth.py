@@ -3,7 +3,8 @@
 A random model of four layers of Qwen3-0.6B's shape and 32k positions. The prompts are not computed: their
 blocks are filled with numbers, and the clock runs over decode steps alone. Beside each time stands what the
 roofline allows: for the linear layers and for attention, their bytes over the rate of reading memory or their
-operations over the rate of torch's matrix product, whichever takes longer.
+operations over the rate of torch's matrix product, whichever takes longer. Both rates are measured between
+the steps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from folo.bench import report
 from folo.bench.host import Host
-from folo.bench.kernels import Roofline, roofline
+from folo.bench.roofline import Machine, Roofline, middle
 
 if TYPE_CHECKING:
     import folo
@@ -29,12 +30,16 @@ _STEPS, _BLOCK_SIZE = 8, 16
 
 @dataclass(frozen=True)
 class Point:
-    """A decode step of `batch` sequences of `context` tokens: the median of several, in seconds."""
+    """A decode step of `batch` sequences of `context` tokens: medians of several, in seconds.
+
+    `roof` has the rates between the steps, and `bound` is the time that they allow.
+    """
 
     batch: int
     context: int
     seconds: float
     bound: float
+    roof: Roofline
 
     @property
     def share(self) -> float:
@@ -80,8 +85,17 @@ def decoding(params: folo.Params, batch: int, context: int, steps: int) -> folo.
     return state
 
 
-def decode_times(params: folo.Params, batch: int, context: int, steps: int = _STEPS) -> list[float]:
-    """Seconds of each of some decode steps of `batch` sequences of `context` tokens."""
+def decode_times(
+    params: folo.Params,
+    batch: int,
+    context: int,
+    steps: int = _STEPS,
+    between: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Seconds of each of some decode steps of `batch` sequences of `context` tokens.
+
+    between: what runs before each, and before one that warms up.
+    """
     import folo
 
     state, times = decoding(params, batch, context, steps), list[float]()
@@ -89,23 +103,26 @@ def decode_times(params: folo.Params, batch: int, context: int, steps: int = _ST
         ready = folo.schedule(state)
         assert ready is not None
         assert ready.num_tokens == batch
+        between()
         begin = time.perf_counter()
         state, _ = folo.step(params, state, ready)
         times.append(time.perf_counter() - begin)
     return times[1:]
 
 
-def measure(params: folo.Params, batch: int, context: int, roof: Roofline) -> Point:
-    seconds = median(decode_times(params, batch, context))
-    return Point(batch, context, seconds, bound(params, batch, context, roof))
+def measure(params: folo.Params, batch: int, context: int, machine: Machine) -> Point:
+    roofs = list[Roofline]()
+    times = decode_times(params, batch, context, between=lambda: roofs.append(machine.now()))
+    bounds = [bound(params, batch, context, roof) for roof in roofs]
+    return Point(batch, context, median(times), median(bounds), middle(roofs))
 
 
-def measure_all(params: folo.Params, roof: Roofline, each: Callable[[], object]) -> list[Point]:
+def measure_all(params: folo.Params, machine: Machine, each: Callable[[], object]) -> list[Point]:
     sizes = [(batch, BATCH_CONTEXT) for batch in BATCHES]
     sizes += [(batch, context) for batch in CONTEXT_BATCHES for context in CONTEXTS]
     points = []
     for batch, context in sizes:
-        points.append(measure(params, batch, context, roof))
+        points.append(measure(params, batch, context, machine))
         each()
     return points
 
@@ -138,7 +155,7 @@ def register(commands: Any) -> None:
         "growth",
         help="decode time against batch and context",
         description="Time decode steps for batches of 1 to 256 and contexts of 128 to 16k tokens, beside "
-        "the roofline that the same run measures.",
+        "the roofline, which is measured between them.",
         allow_abbrev=False,
     )
     report.add_output_options(parser, plot=True)
@@ -150,16 +167,17 @@ def _run(args: argparse.Namespace) -> None:
 
     import folo  # noqa: F401 (registers the ops)
 
-    params, roof = model(), roofline()
+    params, machine = model(), Machine()
     total = len(BATCHES) + len(CONTEXT_BATCHES) * len(CONTEXTS)
     with tqdm(total=total, desc="Growth", unit="size") as bar:
-        points = measure_all(params, roof, bar.update)
+        points = measure_all(params, machine, bar.update)
+    roof = middle([point.roof for point in points])
     rows = [
         [p.batch, p.context, f"{1e3 * p.seconds:.2f}", f"{1e3 * p.bound:.2f}", f"{100 * p.share:.0f} %"]
         for p in points
     ]
     print(report.table(["batch", "context", "ms a step", "roofline, ms", "of the roofline"], rows))
-    print(f"\nroofline: {roof}")
+    print(f"\nroofline, in the median: {roof}")
     if args.json:
         content = {"roofline": asdict(roof), "points": [asdict(point) for point in points]}
         report.write_json(args.json, "growth", content, params)

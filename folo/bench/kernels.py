@@ -1,23 +1,24 @@
 """`folo bench kernels`: what each op reaches of what the machine allows, op by op and shape by shape.
 
-The roofline is measured in the same run: the rate at which memory is read, and the rate of torch's bfloat16
-product of two large matrices. An op's bound is the larger of its bytes over the one and its operations over
-the other. Every op runs on data that caches do not hold: on copies in turn that together exceed them.
+The roofline is measured between an op's runs: the rate at which memory is read, and the rate of torch's
+bfloat16 product of two large matrices. An op's bound is the larger of its bytes over the one and its
+operations over the other. Every op runs on data that caches do not hold: on copies in turn that together
+exceed them.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 from folo.bench import report
+from folo.bench.roofline import BYTES, Machine, Roofline, middle, timed
 
-_BYTES = 192 << 20  # that copies of an op's data come to: more than a cache holds
-_MOST = 400  # copies
+_MOST = 400  # copies of an op's data, which come to BYTES where that takes fewer
 _REPEATS = 5
 _BLOCK_SIZE = 16
 _SMALL = 4 << 20  # bytes that are read in a tenth of a millisecond
@@ -61,22 +62,8 @@ CONTEXTS = (256, 4096)
 
 
 @dataclass(frozen=True)
-class Roofline:
-    """Bytes a second that can be read, and bfloat16 operations a second, both by torch."""
-
-    read: float
-    multiply: float
-
-    def __str__(self) -> str:
-        return f"{self.read / 1e9:.1f} GB/s read, {self.multiply / 1e9:,.0f} GFLOP/s in bfloat16"
-
-    def seconds(self, num_bytes: float, operations: float) -> float:
-        return max(num_bytes / self.read, operations / self.multiply)
-
-
-@dataclass(frozen=True)
 class Result:
-    """The median time of an op, its bytes and operations, and what share of the roofline that is."""
+    """Of an op: the median time, bytes and operations, the rates between its runs, and the share of them."""
 
     model: str
     op: str
@@ -84,6 +71,7 @@ class Result:
     seconds: float
     num_bytes: float
     operations: float
+    roof: Roofline
     share: float
 
     @property
@@ -102,27 +90,6 @@ class Result:
 Work = tuple[Sequence[Callable[[], object]], float, float]
 
 
-def _times(work: Sequence[Callable[[], object]]) -> list[float]:
-    """Seconds of one call, over all of them in turn, in ascending order."""
-    times = []
-    for _ in range(_REPEATS):
-        begin = time.perf_counter()
-        for call in work:
-            call()
-        times.append((time.perf_counter() - begin) / len(work))
-    return sorted(times)
-
-
-def roofline() -> Roofline:
-    import torch
-
-    memory = torch.ones(_BYTES // 8, dtype=torch.int64)
-    square = torch.ones(2048, 2048, dtype=torch.bfloat16)
-    read = _times([memory.max] * 3)[0]
-    multiply = _times([partial(torch.mm, square, square)] * 3)[0]
-    return Roofline(_BYTES / read, 2 * 2048**3 / multiply)
-
-
 def _linear(n: int, k: int, rows: int) -> Work:
     import torch
 
@@ -131,8 +98,8 @@ def _linear(n: int, k: int, rows: int) -> Work:
 
     size = 2 * n * k
     x = torch.ones(rows, k, dtype=torch.bfloat16)
-    count = min(_MOST, max(2, _BYTES // size))
-    arena = Arena(_BYTES)
+    count = min(_MOST, max(2, BYTES // size))
+    arena = Arena(BYTES)
     weights = [ops.packed(torch.ones(n, k, dtype=torch.bfloat16), arena) for _ in range(count)]
     return [partial(ops.linear, x, w) for w in weights], size + 2 * rows * (k + n), 2 * rows * n * k
 
@@ -150,7 +117,7 @@ def _attention(
     blocks = -(-context // _BLOCK_SIZE)
     size = 4 * batch * context * num_kv_heads * head_dim
     numbers = torch.Generator().manual_seed(0)
-    count = min(_MOST, max(2, _BYTES // size))
+    count = min(_MOST, max(2, BYTES // size))
     starts = torch.arange(batch + 1, dtype=torch.int32) * queries
     lengths = torch.full((batch,), context, dtype=torch.int32)
     q = torch.ones(batch * queries, num_heads, head_dim, dtype=torch.bfloat16)
@@ -186,15 +153,21 @@ def cases(shape: Shape) -> list[tuple[str, str, Callable[[], Work]]]:
     return found
 
 
-def measure(shape: Shape, roof: Roofline, each: Callable[[], object]) -> list[Result]:
+def measure(shape: Shape, rates: Callable[[], Roofline], each: Callable[[], object]) -> list[Result]:
+    """rates: `Machine.now`. The share is the median of those of neighbouring runs."""
     results = []
     for op, text, make in cases(shape):
-        work, num_bytes, operations = make()
-        for call in work:
-            call()  # once, so that no page is new
-        seconds = _times(work)[_REPEATS // 2]
-        bound = roof.seconds(num_bytes, operations)
-        results.append(Result(shape.name, op, text, seconds, num_bytes, operations, bound / seconds))
+        calls, num_bytes, operations = make()
+
+        def work(calls: Sequence[Callable[[], object]] = calls) -> None:
+            for call in calls:
+                call()
+
+        work()  # once, so that no page is new
+        pairs = [(rates(), timed(work) / len(calls)) for _ in range(_REPEATS)]
+        share = median(roof.seconds(num_bytes, operations) / seconds for roof, seconds in pairs)
+        roof, seconds = middle([roof for roof, _ in pairs]), median(seconds for _, seconds in pairs)
+        results.append(Result(shape.name, op, text, seconds, num_bytes, operations, roof, share))
         each()
     return results
 
@@ -204,7 +177,7 @@ def register(commands: Any) -> None:
         "kernels",
         help="what each op reaches of the roofline",
         description="Time the linear layers and attention of two models in bfloat16, against the rates of "
-        "reading memory and of torch's matrix product, which the same run measures.",
+        "reading memory and of torch's matrix product, which are measured between their runs.",
         allow_abbrev=False,
     )
     report.add_output_options(parser, plot=True)
@@ -212,7 +185,10 @@ def register(commands: Any) -> None:
 
 
 def plot(results: list[Result], roof: Roofline, path: str) -> None:
-    """Operations a second against operations a byte, under the roofline."""
+    """Operations a second against operations a byte, under the roofline of the whole run.
+
+    A point stands as far below it as the op stood below the rates of its moment.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -224,7 +200,8 @@ def plot(results: list[Result], roof: Roofline, path: str) -> None:
     for op, colour in colours.items():
         own = [result for result in results if result.op == op]
         x = [result.operations / result.num_bytes for result in own]
-        axes.plot(x, [r.operations / r.seconds / 1e9 for r in own], "o", color=colour, label=op, markersize=4)
+        y = [r.share * r.operations / roof.seconds(r.num_bytes, r.operations) / 1e9 for r in own]
+        axes.plot(x, y, "o", color=colour, label=op, markersize=4)
     axes.set(
         xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title="Kernels in bfloat16"
     )
@@ -238,19 +215,20 @@ def _run(args: argparse.Namespace) -> None:
 
     import folo  # noqa: F401 (registers the ops)
 
-    roof = roofline()
+    machine = Machine()
     results: list[Result] = []
     with tqdm(total=sum(len(cases(shape)) for shape in SHAPES), desc="Kernels", unit="op") as bar:
         for shape in SHAPES:
-            results += measure(shape, roof, bar.update)
+            results += measure(shape, machine.now, bar.update)
+    roof = middle([result.roof for result in results])
     rows = [
         [
             r.model,
             r.op,
             r.shape,
             f"{1e6 * r.seconds:,.0f}",
-            f"{r.num_bytes / r.seconds / 1e9:.1f}",
-            f"{r.operations / r.seconds / 1e9:,.0f}",
+            f"{r.num_bytes / r.seconds / 1e9:.1f} of {r.roof.read / 1e9:.1f}",
+            f"{r.operations / r.seconds / 1e9:,.0f} of {r.roof.multiply / 1e9:,.0f}",
             f"{100 * r.share:.0f} %",
             r.left,
         ]
@@ -261,7 +239,7 @@ def _run(args: argparse.Namespace) -> None:
             ["model", "op", "shape", "us", "GB/s", "GFLOP/s", "of the roofline", "what is left"], rows
         )
     )
-    print(f"\nroofline: {roof}")
+    print(f"\nroofline, in the median: {roof}")
     if args.json:
         content = {"roofline": asdict(roof), "ops": [asdict(result) for result in results]}
         report.write_json(args.json, "kernels", content)
