@@ -86,7 +86,7 @@ def test_a_disk_that_is_full_is_an_os_error(tmp_path: Path, monkeypatch: pytest.
 
     tiny_checkpoint(tmp_path / "a")
     params = folo.load(tmp_path / "a", use_tqdm=False)
-    monkeypatch.setattr("folo.model.safetensors.save_file", fail)
+    monkeypatch.setattr("folo.files.save_file", fail)
     with pytest.raises(OSError, match=r"model\.safetensors cannot be written: I/O error: No space"):
         export(params, tmp_path / "b")
     assert not (tmp_path / "b" / "config.json").exists()

@@ -182,7 +182,7 @@ def test_global_random_state_is_neither_read_nor_changed(tiny: folo.Params) -> N
 # --- the source
 
 ROOT = Path(folo.__file__).parent
-BASE = frozenset({"config", "request", "inputs", "padding", "transfer", "sampling", "detokenize"})
+BASE = frozenset({"config", "request", "inputs", "padding", "transfer", "files", "sampling", "detokenize"})
 STEP = frozenset({"step", "graph", "tokens"})
 LAYERS: dict[str, frozenset[str]] = {
     "errors": frozenset(),

@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
 import triton
 import triton_source
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 from folo.ops import cuda
 from folo.ops.cuda.kernel import Build
@@ -48,6 +50,18 @@ class Compiled:
     reductions: frozenset[str]
     shared: int
     stack: int
+
+
+@pytest.fixture(autouse=True)
+def parse_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11's `ast.parse` counts its depth for all threads together: two at once are a SystemError."""
+    parse, parsing = JITFunction.parse, Lock()
+
+    def locked(function: Any) -> Any:
+        with parsing:
+            return parse(function)
+
+    monkeypatch.setattr(JITFunction, "parse", locked)
 
 
 def compiled(build: Build, capability: int, folder: Path) -> Compiled:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from folo.errors import ConfigError
+from folo.files import write_tensors
 from folo.model import gptq
 from folo.model.config import DecoderConfig
 from folo.model.params import Linear, Params
-from folo.model.safetensors import write_tensors
 from folo.ops.packed import Packed
 from folo.ops.quantized import Grouped, Quantized
 from folo.ops.stacked import Stacked, Weight

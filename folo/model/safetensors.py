@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from folo.errors import LoadError
@@ -26,17 +25,6 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _INTEGERS = (".qweight", ".qzeros", ".g_idx")  # of a GPTQ checkpoint, all int32
 _FIRST = "model.layers.0"
 _PICKLES = (".bin", ".pt", ".pth")
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """One safetensors file, which whoever may read the caller's other files may read. Raises OSError."""
-    path.touch()  # as the umask has it; the library makes its own file, for the owner alone
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path, dict(metadata))
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(mode)
 
 
 class SafetensorsDirectory:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folo.model.safetensors import write_tensors
+from folo.files import write_tensors
 from folo.ops.arithmetic import arithmetic
 from folo.state.document import describe, sequences_of
 from folo.state.engine import EngineState
