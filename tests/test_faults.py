@@ -81,6 +81,7 @@ def before_copy_and_preemption(params: folo.Params) -> folo.EngineState:
     return state
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("prepare", [before_prefill, before_decode, before_copy_and_preemption])
 def test_a_failing_op_leaves_the_state_valid_and_its_future_unchanged(

@@ -84,6 +84,7 @@ def verify(subject: Subject, reference: Run, cell: Cell) -> None:
     assert result.fault is None
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("cell", array(), ids=title)
 def test_all_pairs_on_a_tiny_model(cell: Cell, subject: Subject, reference: Run) -> None:
     verify(subject, reference, cell)

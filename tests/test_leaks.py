@@ -60,6 +60,7 @@ def serve(params: folo.Params, state: folo.EngineState, count: int, first: int) 
         state, _ = folo.collect(state)
 
 
+@pytest.mark.no_cover
 @pytest.mark.usefixtures("no_model")
 def test_20_000_requests_leave_no_block_no_object_and_no_memory_behind(tiny: folo.Params) -> None:
     cache = folo.CacheConfig(block_size=8, num_blocks=16, reserve_blocks=16)

@@ -24,7 +24,7 @@ COUNTS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 64, 70, 128, 257)
 ROWS = max(COUNTS)
 THREADS = (1, 2, 3)
 
-pytestmark = pytest.mark.usefixtures("threads", "each_instruction_set")
+pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("threads", "each_instruction_set")]
 
 Op = Callable[[Any, list[int]], tuple[Tensor, ...]]
 """`op(namespace, rows)` applies an op of the namespace to the chosen rows of a fixed problem."""

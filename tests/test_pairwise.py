@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from folo.bench.pairwise import pairwise
 
+pytestmark = pytest.mark.no_cover
+
 Factors = dict[str, list[int]]
 Choice = tuple[str, int]
 Excluded = list[tuple[Choice, Choice]]

@@ -443,6 +443,7 @@ def tokenizer(tiny_dir: Path) -> Any:
     return folo.load_tokenizer(str(tiny_dir))
 
 
+@pytest.mark.no_cover
 def test_random_programs_leave_every_state_valid_and_every_output_its_own(
     tiny: folo.Params, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -6,7 +6,9 @@ It shows that rows, columns and tails find their places and that the contract ho
 
 from __future__ import annotations
 
+import inspect
 import os
+from functools import cache
 from typing import Any
 
 import pytest
@@ -25,4 +27,17 @@ def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
+@cache
+def _builtins(pkg: Any) -> list[tuple[str, Any]]:
+    return [(name, x) for name, x in inspect.getmembers(pkg) if interpreter.tl.core.is_builtin(x)]
+
+
+def _patch_known_builtins(pkg: Any, builder: Any, scope: Any) -> None:
+    """Triton looks for them among all members again whenever a function is called: a third of the time."""
+    for name, member in _builtins(pkg):
+        if getattr(pkg, name) is member:
+            interpreter._patch_attr(pkg, name, member, builder, scope)
+
+
 interpreter._patch_lang_tensor = _patch_tensor_and_index
+interpreter._patch_builtin = _patch_known_builtins
