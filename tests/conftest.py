@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,11 @@ collect_ignore = ["interpreted"]
 # No test is timed: coverage, and a second test beside, make any deadline a matter of luck.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a collection that a test asks for need not look at a million objects of it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import operator
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +245,12 @@ def test_imports_run_one_way(path: str) -> None:
 @pytest.mark.parametrize("path", [path for path in modules() if path not in ("cli.py", "__main__.py")])
 def test_nothing_imports_the_command_line(path: str) -> None:
     assert all(name[:2] != ("folo", "cli") for name in imported(modules()[path]))
+
+
+def test_the_compiler_is_not_imported_before_something_is_compiled() -> None:
+    """It takes as long to import as torch itself, and nothing that runs eagerly needs it."""
+    code = "import sys, folo; folo.compile(folo.step); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 IMPURE_MODULES = frozenset({"random", "time", "datetime", "secrets", "uuid", "threading", "contextvars"})
