@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def beside(path: Path) -> Path:
+    """Where what will be `path` is written first.
+
+    In the same directory, since a rename is atomic within one file system only.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -35,11 +35,7 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("files", "chosen"),
     [
-        (
-            ("test_ops_contract.py", "test_ops_accuracy.py"),
-            # The largest weights take a third of the time, and have no shape of tiles of their own.
-            "(linear or attention) and amx and dtype1 and not (linear_rows and (960 or 1536))",
-        ),
+        (("test_ops_contract.py", "test_ops_accuracy.py"), "(linear or attention) and amx and dtype1"),
         (("test_gptq_kernels.py",), "TestContract and amx"),
     ],
     ids=["dense", "quantised"],

@@ -22,8 +22,6 @@ from folo.bench.invariance import SMALL_POOLS, prompts, requests
 from folo.ops import cpu
 from folo.ops.stacked import Stacked
 
-Subjects = dict[str, tuple[Subject, Run]]
-
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,26 +38,19 @@ def params(directory: Path) -> folo.Params:
 
 
 @pytest.fixture(scope="module")
-def subjects(params: folo.Params, directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Subjects:
-    """By mode. What is compiled has one layer, of both kinds: two that differ take long to compile."""
-    one = tmp_path_factory.mktemp("gptq-one-layer")
-    skip = ("v_proj",)
-    gptq_checkpoint(one, Style(desc_act=True), skip, architecture="qwen3", num_hidden_layers=1)
-    tiny_tokenizer().save_pretrained(one)
-    asked, found = requests(prompts(tiny_tokenizer())), {}
-    for mode, path, model in (
-        ("eager", directory, params),
-        ("compiled", one, folo.load(one, use_tqdm=False)),
-    ):
-        subject = Subject(model, str(path), asked, SMALL_POOLS)
-        found[mode] = subject, cells.run(subject, REFERENCE)
-    return found
+def subject(params: folo.Params, directory: Path) -> Subject:
+    return Subject(params, str(directory), requests(prompts(tiny_tokenizer())), SMALL_POOLS)
+
+
+@pytest.fixture(scope="module")
+def reference(subject: Subject) -> Run:
+    return cells.run(subject, REFERENCE)
 
 
 @pytest.mark.no_cover
 @pytest.mark.parametrize("cell", array(), ids=title)
-def test_all_pairs(cell: Cell, subjects: Subjects) -> None:
-    verify(*subjects[cell.mode], cell)
+def test_all_pairs(cell: Cell, subject: Subject, reference: Run) -> None:
+    verify(subject, reference, cell)
 
 
 def test_forward_is_what_the_engine_computes(params: folo.Params) -> None:

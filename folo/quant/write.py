@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from folo.errors import ConfigError
+from folo.files import beside
 from folo.model.export import export
 from folo.model.params import Params
 
@@ -30,12 +31,12 @@ def write(params: Params, tokenizer: Any, path: Path) -> None:
         OSError: the files cannot be written.
     """
     check_target(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(beside, ignore_errors=True)  # another process of this number may have been killed
+    partial = beside(path)
+    shutil.rmtree(partial, ignore_errors=True)  # another process of this number may have been killed
     try:
-        export(params, beside)
-        tokenizer.save_pretrained(beside)
-        beside.rename(path)
+        export(params, partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(path)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folo.files import write_tensors
+from folo.files import beside, write_tensors
 from folo.ops.arithmetic import arithmetic
 from folo.state.document import describe, sequences_of
 from folo.state.engine import EngineState
@@ -65,8 +65,7 @@ def save(state: EngineState, path: str | os.PathLike[str]) -> None:
         **arithmetic(state.params.device),
     }
     metadata["sha256"] = checksum(metadata, tensors)
-    # In the same directory, since a rename is atomic within one file system only.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = beside(path)
     try:
         write_tensors(tensors, partial, metadata)
         _to_disk(partial)

@@ -55,7 +55,8 @@ def test_rows_depend_on_themselves_alone(
         assert same_bits(linear(x[rows], weight, bias), whole[rows]), len(rows)
 
 
-@pytest.mark.parametrize(("biased", "height"), [(False, 64), (True, 128)])
+@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize("biased", [False, True])
 def test_splits_side_by_side_and_one_after_another_give_the_same_bits(
     biased: bool, height: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
