@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from folo import ops
@@ -149,8 +150,8 @@ class Graphs:
             hidden = device.run(params, k, v, fixed.tree, attention, self._layer)
             if not kind.sampling:
                 return hidden
-            tiles = fixed.tree.rows
-            return torch.cat([device.sample(*device.row_logits(params, hidden, t), t).ids for t in tiles])
+            tiles = device.tiles_of(hidden, fixed.tree.rows)
+            return torch.cat([device.sample(*device.row_logits(params, *t), t[1]).ids for t in tiles])
 
         return _Graph(fixed, *self._recorder.capture(function))
 
@@ -173,8 +174,11 @@ def _fitted(inputs: Inputs, size: int, kind: Kind) -> Inputs:
 
 
 def bucketed(inputs: Inputs, widest: int) -> Inputs:
-    """Padded to one of few shapes, for what is compiled for shapes; the wanted rows stay as they are."""
+    """Padded to one of few shapes, for what is compiled for shapes; its tiles of rows stay as they are."""
     width = table_width(inputs.block_tables.shape[1], widest)
+    if (wanted := inputs.logits_rows) is not None:  # two at least: none, and one, would be compiled apart
+        extra = bucket(max(2, wanted.shape[0])) - wanted.shape[0]
+        inputs = replace(inputs, logits_rows=F.pad(wanted, (0, extra)))
     return padded(inputs, bucket(inputs.token_ids.shape[0]), bucket(inputs.seq_lens.shape[0] + 1), width)
 
 
@@ -183,10 +187,10 @@ def _nothing() -> Inputs:
     lengths, tables = torch.zeros(0, dtype=torch.int32), torch.zeros((0, 0), dtype=torch.int32)
     start = torch.zeros(1, dtype=torch.int32)
     rows = Rows(
-        *(whole, whole, real, real, whole, real, whole, whole, whole, torch.zeros(0, dtype=torch.bool)),
+        *(whole, real, real, whole, real, whole, whole, whole, torch.zeros(0, dtype=torch.bool)),
         *(None, False, False, NO_LOGPROBS),
     )
-    return Inputs(whole, whole, whole, start, lengths, tables, whole, whole, (rows,))
+    return Inputs(whole, whole, whole, start, lengths, tables, whole, whole, None, (rows,))
 
 
 _NOTHING = _nothing()  # what a capture runs: padding alone

@@ -86,7 +86,6 @@ class Rows:
     no-ops for rows that do not ask, so leaving one out changes no bit.
     """
 
-    index: Tensor  # int64[R], rows of the hidden states
     target: Tensor  # int64[R], the token to score, or SAMPLE
     temperature: Tensor  # float32[R]
     min_p: Tensor  # float32[R]
@@ -114,7 +113,8 @@ class Inputs:
     block_tables: Tensor  # int32[S, B], 0 where a table is shorter
     copy_source: Tensor  # int64[C], blocks to copy before anything is written
     copy_target: Tensor  # int64[C]
-    rows: tuple[Rows, ...]
+    logits_rows: Tensor | None  # int64[R], the tokens of which logits are wanted; None: of all
+    rows: tuple[Rows, ...]  # what for
     source: Tensor | None = None  # int64[T], the row of the step before whose token this is, or -1 if known
 
 

@@ -71,7 +71,6 @@ def padded_rows(tiles: tuple[Rows, ...], count: int, warped: bool, truncated: bo
             whole = torch.cat(parts)
             extra = (0, count - whole.shape[0])
             columns[field.name] = F.pad(whole, extra, value=_NEUTRAL.get(field.name, 0)).split(ROWS_PER_TILE)
-    columns["index"] = torch.arange(count).split(ROWS_PER_TILE)
     each = [dict(zip(columns, parts, strict=True)) for parts in zip(*columns.values(), strict=True)]
     return tuple(
         Rows(**own, penalties=None, warped=warped, truncated=truncated, num_logprobs=NO_LOGPROBS)

@@ -213,8 +213,8 @@ def _run(params: Params, prepared: Prepared, inputs: Inputs, layer_function: Any
 
 
 def _sampled(params: Params, hidden: Tensor, tiles: Items[Rows], rows: RowPlan) -> list[device.Sampled]:
-    pairs = zip(tiles, rows.tiles, strict=True)
-    return [_sample(params, hidden, tile, rows, numbers) for tile, numbers in pairs]
+    pairs = zip(device.tiles_of(hidden, tiles), rows.tiles, strict=True)
+    return [_sample(params, *tile, rows, numbers) for tile, numbers in pairs]
 
 
 def _sample(params: Params, hidden: Tensor, tile: Rows, rows: RowPlan, numbers: range) -> device.Sampled:

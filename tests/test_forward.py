@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from transformers import PreTrainedModel
 
 import folo
 from folo import ops
+from folo.model import device
+from folo.state.bind import bind
+from folo.state.layout import inputs_of
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -161,6 +165,43 @@ def test_layers_in_one_call_are_their_ops_one_by_one(
     assert len(called) == 1 + params.config.num_layers
     plain = folo.load(tmp_path, dtype=dtype, pack=False, use_tqdm=False)
     assert torch.equal(folo.model.forward(plain, tokens(75)), logits)
+
+
+@pytest.mark.parametrize("name", ["llama biases", "llama one layer", "qwen3"])
+def test_behind_the_last_attention_are_the_wanted_rows_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, packed = build(tmp_path, name)
+    plain = folo.load(tmp_path, dtype="float32", pack=False, use_tqdm=False)
+    heights: list[int] = []
+    linear = ops.linear
+
+    def count(x: Tensor, *args: Any) -> Tensor:
+        heights.append(x.shape[0])
+        return linear(x, *args)
+
+    def hidden(params: folo.Params, wanted: list[int] | None) -> Tensor:
+        state = folo.submit(folo.init(params), folo.Request(tokens(75).tolist(), id="a"))
+        batch = folo.schedule(state)
+        assert batch is not None
+        inputs = inputs_of(bind(batch))
+        assert inputs.logits_rows is not None
+        assert inputs.logits_rows.tolist() == [74]
+        rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
+        k, v = state.heap.k, state.heap.v
+        return device.run(params, k, v, replace(inputs, logits_rows=rows), state.attention)
+
+    monkeypatch.setattr(ops, "linear", count)
+    every = hidden(plain, None)
+    assert set(heights) == {75}
+    module = importlib.import_module("folo.model.forward")
+    for few in (module._FEW_ROWS, 74):  # layers in one call; one by one
+        monkeypatch.setattr(module, "_FEW_ROWS", few)
+        for wanted in ([74], [70, 3, 74], []):
+            assert torch.equal(hidden(packed, wanted), every[wanted])
+            heights.clear()
+            assert torch.equal(hidden(plain, wanted), every[wanted])
+            assert heights[-3:] == [75, len(wanted), len(wanted)], "projections to qkv, from heads, down"
 
 
 def test_forward_leaves_its_arguments_alone(tiny: folo.Params) -> None:

@@ -26,7 +26,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = random.Random(0)
 
     def run(params: folo.Params, k: object, v: object, inputs: Inputs, *_: object) -> torch.Tensor:
-        return torch.empty(len(inputs.token_ids), 0)
+        return torch.empty(sum(len(tile.target) for tile in inputs.rows), 0)
 
     def row_logits(
         params: folo.Params, hidden: torch.Tensor, rows: Rows
@@ -35,7 +35,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def sample(raw: torch.Tensor, processed: torch.Tensor, rows: Rows) -> device.Sampled:
         assert rows.num_logprobs == NO_LOGPROBS
-        ids = numbers.choices(range(3, 300), k=len(rows.index))
+        ids = numbers.choices(range(3, 300), k=len(rows.target))
         return device.Sampled(torch.tensor(ids), None, None, None, None)
 
     for name, function in (("run", run), ("row_logits", row_logits), ("sample", sample)):

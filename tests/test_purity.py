@@ -32,15 +32,15 @@ from folo.state.layout import inputs_of
 
 # All that a graph may do with a floating tensor, beside calling a folo op: move data and widen logits.
 MOVES: frozenset[Any] = frozenset({operator.getitem, torch.where})
-MOVING_METHODS = frozenset({"flatten", "float"})
+MOVING_METHODS = frozenset({"flatten", "float", "split"})
 
 
 def on_device(params: folo.Params, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     """All of a step that is compiled."""
     hidden = device.run(params, k, v, inputs, "cpu")
     results = [hidden]
-    for rows in inputs.rows:
-        raw, processed = device.row_logits(params, hidden, rows)
+    for part, rows in device.tiles_of(hidden, inputs.rows):
+        raw, processed = device.row_logits(params, part, rows)
         sampled = device.sample(raw, processed, rows)
         results += [raw, processed, *pytree.tree_leaves(vars(sampled))]
     return tuple(result for result in results if result is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ def run(
     attention: str,
     layer_function: Any = layer_in_heap,
 ) -> Tensor:
-    """Write K and V of the step's tokens into the heap (in place) -> hidden states `[T, D]`."""
+    """Write K and V of the step's tokens into the heap (in place) -> the wanted hidden states `[R, D]`."""
     if inputs.copy_source.numel():
         ops.copy_blocks(k, v, inputs.copy_source, inputs.copy_target)
     return hidden_in_heap(params, k, v, inputs, attention, layer_function)
@@ -52,9 +53,15 @@ def resolve(inputs: Inputs, previous: Tensor) -> None:
     inputs.token_ids.copy_(torch.where(inputs.source >= 0, found, inputs.token_ids))
 
 
+def tiles_of(hidden: Tensor, tiles: Sequence[Rows]) -> list[tuple[Tensor, Rows]]:
+    """Each tile of rows with its hidden states, of which padding may be behind."""
+    counts = [tile.target.shape[0] for tile in tiles]
+    return list(zip(hidden[: sum(counts)].split(counts), tiles, strict=True))
+
+
 def row_logits(params: Params, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """-> the model's logits of the rows and the processed ones, float32 `[R, V]` each."""
-    raw = logits(params, hidden[rows.index], ops)
+    """hidden `[R, D]` -> the model's logits of the rows and the processed ones, float32 `[R, V]` each."""
+    raw = logits(params, hidden, ops)
     processed = raw
     if (p := rows.penalties) is not None:
         processed = ops.penalize(

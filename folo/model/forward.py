@@ -37,7 +37,7 @@ def hidden_states(
     run_layer: Callable[[int, Layer, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     op: Any = ops,
 ) -> Tensor:
-    """token_ids and positions int64 `[T]` -> the last layer's normalised hidden states `[T, D]`.
+    """token_ids and positions int64 `[T]` -> the last layer's normalised hidden states, `[T, D]` or fewer.
 
     `run_layer` is `decoder_layer` from its second argument on, given the layer's number first. `op`
     holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
@@ -66,10 +66,17 @@ def decoder_layer(
     residual: Tensor,
     angles: Tensor,
     eps: float,
+    wanted: Tensor | None = None,
     op: Any = ops,
 ) -> tuple[Tensor, Tensor]:
-    """x (normalised) and residual `[T, D]` -> those of the next layer, whose input norm is `next_norm`."""
+    """x (normalised) and residual `[T, D]` -> those of the next layer, whose input norm is `next_norm`.
+
+    wanted: the rows, int64 `[R]`, that go on from attention, if not all do. Behind the last layer, nothing
+    asks for those of a prompt's tokens but one.
+    """
     x = attend(layer, _linear(x, layer.qkv, op), angles)
+    if wanted is not None:
+        x, residual = x[wanted], residual[wanted]
     x, residual = op.add_rms_norm(_linear(x, layer.out, op), residual, layer.post_norm, eps)
     x = _linear(op.gated_linear(x, layer.gate_up.weight, layer.gate_up.bias), layer.down, op)
     return op.add_rms_norm(x, residual, next_norm, eps)
@@ -115,6 +122,7 @@ def layer_in_heap(
     block_tables: Tensor,
     query_start: Tensor,
     seq_lens: Tensor,
+    wanted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`decoder_layer` over the heap: write this step's K and V, then attend to the whole context.
 
@@ -123,7 +131,7 @@ def layer_in_heap(
     """
     where = slots, block_tables, query_start, seq_lens
     if attention == "cpu" and (own := in_groups([(layer, next_norm)])):
-        return ops.decoder_layers(x, residual, angles, *own, *_sizes(config), [k], [v], *where)
+        return ops.decoder_layers(x, residual, angles, *own, *_sizes(config), [k], [v], *where, wanted)
     eps, scale = config.rms_norm_eps, config.head_dim**-0.5
 
     def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
@@ -131,7 +139,7 @@ def layer_in_heap(
         op = BACKENDS[attention].op or ops.paged_attention
         return op(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1)
 
-    return decoder_layer(attend, layer, next_norm, x, residual, angles, eps)
+    return decoder_layer(attend, layer, next_norm, x, residual, angles, eps, wanted)
 
 
 def _sizes(config: DecoderConfig) -> tuple[int, int, float, float]:
@@ -146,7 +154,8 @@ def hidden_in_heap(
     attention: str,
     layer_function: Any = layer_in_heap,
 ) -> Tensor:
-    """`hidden_states` of a step's tokens over the k and v of a `KVHeap`."""
+    """`hidden_states` of a step's `logits_rows`, over the k and v of a `KVHeap`."""
+    wanted, last = inputs.logits_rows, params.config.num_layers - 1
     where = inputs.slots, inputs.block_tables, inputs.query_start, inputs.seq_lens
     if (
         layer_function is layer_in_heap
@@ -156,10 +165,12 @@ def hidden_in_heap(
         and (own := params.own_layers)
     ):
         begin = embedded(params, inputs.token_ids, inputs.positions)
-        return ops.decoder_layers(*begin, *own, *_sizes(params.config), k.unbind(), v.unbind(), *where)[0]
+        sizes = _sizes(params.config)
+        return ops.decoder_layers(*begin, *own, *sizes, k.unbind(), v.unbind(), *where, wanted)[0]
 
     def run_layer(index: int, *args: Any) -> tuple[Tensor, Tensor]:
-        return layer_function(params.config, attention, *args, k[index], v[index], *where)
+        rows = wanted if index == last else None
+        return layer_function(params.config, attention, *args, k[index], v[index], *where, rows)
 
     return hidden_states(params, inputs.token_ids, inputs.positions, run_layer)
 
@@ -230,7 +241,7 @@ def _one_sequence(token_ids: Tensor) -> Inputs:
     start = torch.tensor([0, length], dtype=torch.int32, device=device)
     tables = torch.arange(-(-length // _BLOCK), dtype=torch.int32, device=device)[None]
     none = positions[:0]
-    return Inputs(token_ids, positions, positions, start, start[1:], tables, none, none, ())
+    return Inputs(token_ids, positions, positions, start, start[1:], tables, none, none, None, ())
 
 
 def _differentiated(params: Params) -> bool:

@@ -39,6 +39,10 @@ def _rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.new_empty(logits.shape[:1], dtype=dtype)
 
 
+def _wanted(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0] if rows is None else rows.shape[0], x.shape[1]))
+
+
 _linear = _op(
     "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
     reference.linear,
@@ -142,9 +146,9 @@ paged_attention = _op(
 decoder_layers = _op(
     "decoder_layers(Tensor x, Tensor residual, Tensor angles, Tensor[] weights, int[] sizes, int num_heads, "
     "int inner, float eps, float scale, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor slots, "
-    "Tensor block_tables, Tensor query_start, Tensor seq_lens) -> (Tensor, Tensor)",
+    "Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? wanted) -> (Tensor, Tensor)",
     None,  # the kernels' own: weights are the `parts` of their layouts
-    lambda x, residual, *_: (torch.empty_like(x), torch.empty_like(residual)),
+    lambda x, residual, *rest: (_wanted(x, rest[-1]), _wanted(residual, rest[-1])),
 )
 copy_blocks = _op(
     "copy_blocks(Tensor(a!) k, Tensor(b!) v, Tensor source, Tensor target) -> ()",

@@ -20,7 +20,7 @@ from folo.state.log import gather
 _NEUTRAL = pack_sampling(SamplingParams(), seed=0, sample_index=0)
 # The columns of `Rows`, by what they hold.
 _KINDS = (
-    (np.int64, ("index", "target", "position", "top_k", "seed", "sample_index")),
+    (np.int64, ("target", "position", "top_k", "seed", "sample_index")),
     (np.float32, ("temperature", "min_p", "top_p")),
     (np.bool_, ("processed",)),
 )
@@ -39,6 +39,7 @@ def inputs_of(bound: Bound) -> Inputs:
     tables = np.frombuffer(b"".join([row.ljust(width, b"\0") for row in packed]), "<i4")
     tables = tables.reshape(len(scheduled), -1)
     slots = tables[number, positions // size].astype(np.int64) * size + positions % size
+    wanted = bound.batch.rows.hidden
 
     return Inputs(
         token_ids=_put(_token_ids(scheduled, len(positions)), np.int64),
@@ -49,6 +50,7 @@ def inputs_of(bound: Bound) -> Inputs:
         block_tables=_put(tables, np.int32),
         copy_source=_put([source.index for source, _ in bound.copies], np.int64),
         copy_target=_put([target.index for _, target in bound.copies], np.int64),
+        logits_rows=None if len(wanted) == len(positions) else _put(wanted, np.int64),
         rows=_tiled(bound.batch),
         source=_put(_sources(bound.batch), np.int64) if bound.batch.foreseen else None,
     )
@@ -89,7 +91,7 @@ def _tiled(batch: Batch) -> tuple[Rows, ...]:
     warped = np.logical_or.reduceat(columns["warped"], starts)
     truncated = np.logical_or.reduceat(columns["truncated"], starts)
     most = np.maximum.reduceat(num_logprobs, starts)
-    planned = {"index": rows.hidden, "target": rows.targets, "position": rows.positions}
+    planned = {"target": rows.targets, "position": rows.positions}
     split = []  # for each kind, its columns in tiles: one array of a kind crosses to the device
     for dtype, names in _KINDS:
         values = np.empty((len(names), len(rows)), dtype)

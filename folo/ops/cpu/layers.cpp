@@ -237,7 +237,8 @@ struct Groups {
 std::tuple<Tensor, Tensor> decoder_layers(
     const Tensor& x, const Tensor& residual, const Tensor& angles, at::TensorList weights, at::IntArrayRef sizes,
     int64_t num_heads, int64_t inner, double eps, double scale, at::TensorList k_caches, at::TensorList v_caches,
-    const Tensor& slots, const Tensor& block_tables, const Tensor& query_start, const Tensor& seq_lens) {
+    const Tensor& slots, const Tensor& block_tables, const Tensor& query_start, const Tensor& seq_lens,
+    const Maybe& wanted) {
   TORCH_CHECK(k_caches.size() == v_caches.size() && sizes.size() == 12 * k_caches.size(),
               "each layer has a K, a V and 12 groups of tensors");
   Groups groups{weights, sizes};
@@ -251,7 +252,11 @@ std::tuple<Tensor, Tensor> decoder_layers(
     const Tensor qkv = linear(normed, (num_heads + 2 * k.size(2)) * angles.size(1));
     const Maybe q_norm = groups.optional(), k_norm = groups.optional();
     const Tensor q = qk_norm_rope_write(qkv, angles, q_norm, k_norm, eps, k, v, slots);
-    const Tensor attended = paged_attention(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1);
+    Tensor attended = paged_attention(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1);
+    if (wanted && layer + 1 == k_caches.size()) {
+      attended = attended.index_select(0, *wanted);
+      total = total.index_select(0, *wanted);
+    }
     const Tensor out = linear(attended, x.size(1));
     std::tie(normed, total) = add_rms_norm(out, total, groups.one(), eps);
     const at::TensorList gate_up = groups.next();
