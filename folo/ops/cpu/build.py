@@ -21,7 +21,7 @@ import torch
 
 SOURCES = Path(__file__).parent
 _AVX2 = "-DFOLO_AVX2 -mavx2 -mfma -mf16c"
-_AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+_AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprfchw"
 _ISAS = {
     "avx2": _AVX2,
     "avx512": f"-DFOLO_AVX512 {_AVX512}",

@@ -67,6 +67,10 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
     for (auto& s : sum) s = zero();
   const typename P::X* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = x + (row + r) * depth;
+  // Cached for writing by the time sums are there: a store that has to wait for memory holds up the next block's.
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C * kTile * int(sizeof(typename P::T)); c += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(out.of(row + r, tile)) + c, 1);
   for (int64_t k = 0; k < depth; ++k) {
     ahead.fetch<C>(reinterpret_cast<const char*>(w), kTile * int64_t(sizeof(*w)), depth, k);
     decltype(P::columns(w)) columns[V];
