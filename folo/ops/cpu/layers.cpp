@@ -249,19 +249,21 @@ std::tuple<Tensor, Tensor> decoder_layers(
       const at::TensorList weight = groups.next();
       return linear_of(rows, weight, n, groups.optional());
     };
-    const Tensor qkv = linear(normed, (num_heads + 2 * k.size(2)) * angles.size(1));
+    // One name for what comes of one op and goes to the next: its memory is free again where that is done.
+    Tensor rows = linear(normed, (num_heads + 2 * k.size(2)) * angles.size(1));
     const Maybe q_norm = groups.optional(), k_norm = groups.optional();
-    const Tensor q = qk_norm_rope_write(qkv, angles, q_norm, k_norm, eps, k, v, slots);
-    Tensor attended = paged_attention(q, k, v, block_tables, query_start, seq_lens, scale).flatten(1);
+    rows = qk_norm_rope_write(rows, angles, q_norm, k_norm, eps, k, v, slots);
+    rows = paged_attention(rows, k, v, block_tables, query_start, seq_lens, scale).flatten(1);
     if (wanted && layer + 1 == k_caches.size()) {
-      attended = attended.index_select(0, *wanted);
+      rows = rows.index_select(0, *wanted);
       total = total.index_select(0, *wanted);
     }
-    const Tensor out = linear(attended, x.size(1));
-    std::tie(normed, total) = add_rms_norm(out, total, groups.one(), eps);
+    rows = linear(rows, x.size(1));
+    std::tie(normed, total) = add_rms_norm(rows, total, groups.one(), eps);
     const at::TensorList gate_up = groups.next();
-    const Tensor down = linear(gated_linear_of(normed, gate_up, 2 * inner, groups.optional()), x.size(1));
-    std::tie(normed, total) = add_rms_norm(down, total, groups.one(), eps);
+    rows = gated_linear_of(normed, gate_up, 2 * inner, groups.optional());
+    rows = linear(rows, x.size(1));
+    std::tie(normed, total) = add_rms_norm(rows, total, groups.one(), eps);
   }
   return {normed, total};
 }
