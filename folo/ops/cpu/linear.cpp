@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "blocks.h"
 #include "kernels.h"
 #include "rows.h"
 #include "simd.h"
@@ -96,22 +97,18 @@ struct Multiplier {
 
   void panel(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
              int64_t last, const O& out, Ahead& ahead) {
-    if (last - tile == kTiles) return rows<kTiles>(a, x, depth, first, end, tile, out, ahead);
-    for (; tile < last; ++tile) rows<1>(a, x, depth, first, end, tile, out, ahead);
+    last_block<kTiles>(last - tile, tile, [&](auto tiles, int64_t at) {
+      rows<decltype(tiles)::value>(a, x, depth, first, end, at, out, ahead);
+    });
   }
 
  private:
   template <int C>
   void rows(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
             const O& out, Ahead& ahead) {
-    for (; first + kRows <= end; first += kRows) block<P, kRows, C>(a, x, depth, first, tile, out, ahead);
-    switch (end - first) {
-      case 5: return block<P, 5, C>(a, x, depth, first, tile, out, ahead);
-      case 4: return block<P, 4, C>(a, x, depth, first, tile, out, ahead);
-      case 3: return block<P, 3, C>(a, x, depth, first, tile, out, ahead);
-      case 2: return block<P, 2, C>(a, x, depth, first, tile, out, ahead);
-      case 1: return block<P, 1, C>(a, x, depth, first, tile, out, ahead);
-    }
+    in_blocks<kRows>(first, end, [&](auto rows, int64_t row) {
+      block<P, decltype(rows)::value, C>(a, x, depth, row, tile, out, ahead);
+    });
   }
 };
 
@@ -179,9 +176,11 @@ void product(const Linear& a, const typename P::X* x, int64_t depth) {
   using M = Multiplier<P>;
   constexpr int64_t kWidth = M::kTiles * kTile;
   const int64_t all_tiles = (a.n + kTile - 1) / kTile, tiles = a.gated ? all_tiles / 2 : all_tiles;
-  const int64_t panels = (tiles + M::kTiles - 1) / M::kTiles;
   const int64_t fit = M::kChunkBytes / int64_t(depth * sizeof(*x)) / M::kHigh * M::kHigh;
   const int64_t height = std::clamp<int64_t>(fit, M::kHigh, M::kMost), chunks = (a.m + height - 1) / height;
+  // Of one chunk's panels, every thread gets as many, some of them a tile narrower.
+  const int64_t least = (tiles + M::kTiles - 1) / M::kTiles, threads = chunks == 1 ? omp_get_max_threads() : 1;
+  const int64_t panels = std::min(tiles, (least + threads - 1) / threads * threads);
   const int64_t tile_bytes = depth * kTile * int64_t(sizeof(typename P::W));
 #pragma omp parallel
   {
@@ -201,7 +200,7 @@ void product(const Linear& a, const typename P::X* x, int64_t depth) {
 #pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < panels * chunks; ++task) {
       const int64_t first = task % chunks * height, end = std::min(a.m, first + height);
-      const int64_t tile = task / chunks * M::kTiles, last = std::min<int64_t>(tiles, tile + M::kTiles);
+      const int64_t tile = task / chunks * tiles / panels, last = (task / chunks + 1) * tiles / panels;
       if (!a.gated) {
         panel(first, end, tile, last, last, {static_cast<T*>(a.out), a.n, 0, 0});
         continue;
