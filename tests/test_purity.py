@@ -32,7 +32,7 @@ from folo.state.layout import inputs_of
 
 # All that a graph may do with a floating tensor, beside calling a folo op: move data and widen logits.
 MOVES: frozenset[Any] = frozenset({operator.getitem, torch.where})
-MOVING_METHODS = frozenset({"flatten", "float", "split"})
+MOVING_METHODS = frozenset({"flatten", "float"})
 
 
 def on_device(params: folo.Params, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:

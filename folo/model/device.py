@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from folo import ops
-from folo.inputs import NO_LOGPROBS, Inputs, Rows
+from folo.inputs import NO_LOGPROBS, ROWS_PER_TILE, Inputs, Rows
 from folo.model.forward import hidden_in_heap, layer_in_heap, logits
 from folo.model.params import Params
 from folo.ops.sampler import PURPOSE_DRAW
@@ -55,8 +55,7 @@ def resolve(inputs: Inputs, previous: Tensor) -> None:
 
 def tiles_of(hidden: Tensor, tiles: Sequence[Rows]) -> list[tuple[Tensor, Rows]]:
     """Each tile of rows with its hidden states, of which padding may be behind."""
-    counts = [tile.target.shape[0] for tile in tiles]
-    return list(zip(hidden[: sum(counts)].split(counts), tiles, strict=True))
+    return [(hidden[n * ROWS_PER_TILE :][: tile.target.shape[0]], tile) for n, tile in enumerate(tiles)]
 
 
 def row_logits(params: Params, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,8 @@ def layer_in_heap(
     """`decoder_layer` over the heap: write this step's K and V, then attend to the whole context.
 
     k and v, one layer of `KVHeap`'s, are written in place, at `slots` only. attention: one of
-    `folo.ops.attention.BACKENDS`. The unit that is compiled: one graph serves all layers.
+    `folo.ops.attention.BACKENDS`. The unit that is compiled: one graph serves all layers but the last, if
+    that goes on with `wanted` rows alone.
     """
     where = slots, block_tables, query_start, seq_lens
     if attention == "cpu" and (own := in_groups([(layer, next_norm)])):
