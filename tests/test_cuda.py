@@ -71,7 +71,11 @@ def close(found: Tensor, exact: Tensor, dtype: torch.dtype, scale: float = 1.0) 
 )
 def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
     x, weight, bias = random(ROWS, k, dtype=dtype), random(n, k, dtype=dtype, seed=1), random(n, dtype=dtype)
-    (alone,) = check_rows(lambda rows: (ops.linear(x[rows], weight, bias),))
+    alone, wide = check_rows(
+        lambda rows: tuple(ops.linear(x[rows], weight, bias, wide) for wide in (False, True))
+    )
+    assert wide.dtype == torch.float32
+    assert same_bits(wide.to(dtype), alone)
     close(alone, x.double() @ weight.double().t() + bias.double(), dtype)
     large = torch.cat([x] * 8)
     assert same_bits(ops.linear(large, weight, bias), torch.cat([alone] * 8)), "tall tiles"
@@ -92,6 +96,7 @@ def test_quantised_linear(n: int, k: int, group_size: int, bits: int, dtype: tor
     for desc_act in (False, True):
         packed = quantised(n, k, group_size, bits, desc_act)
         (alone,) = check_rows(lambda rows, packed=packed: (ops.linear(x[rows], packed, bias),))
+        assert same_bits(ops.linear(x, packed, bias, wide=True).to(dtype), alone)
         close(alone, x.double() @ packed.plain(torch.float64).t() + bias.double(), dtype)
         large = torch.cat([x] * 8)
         assert same_bits(ops.linear(large, packed, bias), torch.cat([alone] * 8)), "tall tiles"

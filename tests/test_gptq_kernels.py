@@ -66,6 +66,10 @@ class TestContract:
             assert float((got.double() - exact).abs().max() / exact.abs().max()) <= 1e-6
         else:
             assert error <= bound
+        wide = ops.linear(x, packed, bias, wide=True)
+        assert wide.dtype == torch.float32
+        assert torch.equal(wide.to(dtype), got)
+        assert float((wide.double() - exact).abs().max() / exact.abs().max()) <= 1e-6
 
     def test_what_no_group_has_counts_for_nothing(self) -> None:
         """Places without a column, and the padding of a row, are not multiplied with what lies beside it."""

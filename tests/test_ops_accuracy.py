@@ -66,6 +66,9 @@ def test_linear_is_as_exact_as_torchs(m: int, n: int, k: int, dtype: torch.dtype
     else:
         # Both sum in float32 and round once, bias and all: no order of summation moves the mean by 2 %.
         assert mean_error(got, exact) <= 1.02 * mean_error(F.linear(x, weight, bias), exact)
+    wide = ops.linear(x, weight, bias, wide=True)
+    assert wide.dtype == torch.float32
+    assert relative(wide, exact) <= 1e-5  # products are exact, and not rounded but as they are summed
 
 
 @pytest.mark.parametrize("width", [1, 20, 577, 1536])
@@ -228,6 +231,11 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "linear without bias": (ops.linear, (x.bfloat16(), random(1, 20).bfloat16())),
         "linear of columns": (ops.linear, (random(20, 5).t(), random(36, 20))),
         "linear of no rows": (ops.linear, (x[:0], random(36, 20))),
+        "linear of wide results": (ops.linear, (x.half(), random(36, 20).half(), None, True)),
+        "packed linear of wide results": (
+            torch.ops.folo.packed_linear.default,
+            (x.bfloat16(), pack(random(36, 20).bfloat16()), 36, None, True),
+        ),
         "rms_norm": (ops.rms_norm, (x, weight, 1e-6)),
         "rms_norm of heads": (ops.rms_norm, (random(5, 4, 20), weight, 1e-6)),
         "add_rms_norm": (ops.add_rms_norm, (x, x + 1, weight, 1e-6)),

@@ -16,7 +16,7 @@ from kv_caches import laid, plain
 from torch import Tensor
 
 from folo import ops
-from folo.ops import kv_cache
+from folo.ops import cpu, kv_cache
 from folo.ops.packed import Packed, pack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,6 +85,16 @@ def test_linear_takes_every_row_count_up_to_70(n: int, k: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(36, 130), (576, 576)])
+def test_rows_of_wide_results_depend_on_themselves_alone(n: int, k: int, dtype: torch.dtype) -> None:
+    x, weight, bias = random(ROWS, k, dtype=dtype), random(n, k, dtype=dtype, seed=1), random(n, dtype=dtype)
+    for given in (None, bias):
+        check_rows(lambda op, rows, given=given: (op.linear(x[rows], weight, given, wide=True),))
+    if cpu.instruction_set() != cpu.REFERENCE:  # whose own kernel rounds within
+        assert same_bits(ops.linear(x, weight, bias, wide=True).to(dtype), ops.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), LINEAR_SHAPES)
 def test_packing_a_weight_changes_no_bit(n: int, k: int, dtype: torch.dtype) -> None:
     x, weight = random(33, k, dtype=dtype), random(n, k, dtype=dtype, seed=1)
@@ -94,7 +104,8 @@ def test_packing_a_weight_changes_no_bit(n: int, k: int, dtype: torch.dtype) -> 
     assert same_bits(packed.plain(), weight)
     index = torch.tensor([n - 1, 0, n // 2, 0])
     assert same_bits(packed.rows(index), weight[index])
-    assert same_bits(ops.linear(x, packed, bias), ops.linear(x, weight, bias))
+    for wide in (False, True):
+        assert same_bits(ops.linear(x, packed, bias, wide), ops.linear(x, weight, bias, wide))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

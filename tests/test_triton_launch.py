@@ -37,8 +37,9 @@ def products(dtype: torch.dtype) -> None:
         weight, bias = empty(n, k, dtype=dtype), empty(n + 1, dtype=dtype)[1:]
         for m in (0, 1, 16, 65, 2600):
             x = empty(m * k + 1, dtype=dtype)[1:].view(m, k)  # at an odd address
-            linear(x, weight)
-            linear(x, weight, bias)
+            for wide in (False, True):
+                linear(x, weight, None, wide)
+                linear(x, weight, bias, wide)
 
 
 def quantised_products(dtype: torch.dtype) -> None:
@@ -50,8 +51,9 @@ def quantised_products(dtype: torch.dtype) -> None:
             columns = torch.zeros(32 * blocks, dtype=torch.int64)
             for m in (0, 1, 65, 2600):
                 x = empty(m * k + 1, dtype=dtype)[1:].view(m, k)
-                quantized_linear(x, codes, scales, scales.byte(), None, n)
-                quantized_linear(x, codes, scales, scales.byte(), columns, n, bias)
+                for wide in (False, True):
+                    quantized_linear(x, codes, scales, scales.byte(), None, n, None, wide)
+                    quantized_linear(x, codes, scales, scales.byte(), columns, n, bias, wide)
 
 
 def norms(dtype: torch.dtype) -> None:

@@ -102,10 +102,12 @@ _constant_inv_freq._dynamo_marked_constant = True  # pyright: ignore[reportFunct
 
 
 def logits(params: Params, hidden: Tensor, op: Any = ops) -> Tensor:
-    """hidden `[R, D]` -> logits `[R, V]`, float32 (float64 for float64 params)."""
+    """hidden `[R, D]` -> logits `[R, V]`, float32 (float64 for float64 params) for params of any dtype.
+
+    They are never rounded to that of the params: in bfloat16 one of twenty tokens would tie with another.
+    """
     head = Linear(params.embed) if params.lm_head is None else params.lm_head
-    out = _linear(hidden, head, op)
-    return out if out.dtype == torch.float64 else out.float()
+    return op.linear(hidden, head.weight, head.bias, wide=True)
 
 
 def layer_in_heap(

@@ -43,43 +43,48 @@ def _wanted(x: Tensor, rows: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0] if rows is None else rows.shape[0], x.shape[1]))
 
 
+def _products(x: Tensor, n: int, wide: bool = False) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32) if wide else x.dtype
+    return x.new_empty((x.shape[0], n), dtype=dtype)
+
+
 _linear = _op(
-    "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias=None, bool wide=False) -> Tensor",
     reference.linear,
-    lambda x, weight, bias=None: x.new_empty((x.shape[0], weight.shape[0])),
+    lambda x, weight, bias=None, wide=False: _products(x, weight.shape[0], wide),
 )
 _packed_linear = _op(
-    "packed_linear(Tensor x, Tensor packed, int n, Tensor? bias=None) -> Tensor",
-    lambda x, data, n, bias=None: reference.linear(x, Packed(data, (n, x.shape[1])).plain(), bias),
-    lambda x, packed, n, bias=None: x.new_empty((x.shape[0], n)),
+    "packed_linear(Tensor x, Tensor packed, int n, Tensor? bias=None, bool wide=False) -> Tensor",
+    lambda x, data, n, *rest: reference.linear(x, Packed(data, (n, x.shape[1])).plain(), *rest),
+    lambda x, packed, n, bias=None, wide=False: _products(x, n, wide),
 )
 _packed_gated_linear = _op(
     "packed_gated_linear(Tensor x, Tensor packed, int n, Tensor? bias=None) -> Tensor",
     lambda x, data, n, bias=None: reference.gated_linear(x, Packed(data, (n, x.shape[1])).plain(), bias),
-    lambda x, packed, n, bias=None: x.new_empty((x.shape[0], n // 2)),
+    lambda x, packed, n, bias=None: _products(x, n // 2),
 )
 _quantized_linear = _op(
     "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? columns, int n, "
-    "Tensor? bias=None) -> Tensor",
+    "Tensor? bias=None, bool wide=False) -> Tensor",
     reference.quantized_linear,
-    lambda x, codes, scales, zeros, columns, n, bias=None: x.new_empty((x.shape[0], n)),
+    lambda x, codes, scales, zeros, columns, n, bias=None, wide=False: _products(x, n, wide),
 )
 _op("pack(Tensor weight) -> Tensor", pack, pack)
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """`reference.linear`, whose weight may be packed, which changes no bit; or quantised, or in parts."""
     if isinstance(weight, Packed):
-        return _packed_linear(x, *weight.parts, weight.shape[0], bias)
+        return _packed_linear(x, *weight.parts, weight.shape[0], bias, wide)
     if isinstance(weight, Quantized):
         codes, scales, zeros, *columns = weight.parts
         return _quantized_linear(
-            x, codes, scales, zeros, columns[0] if columns else None, weight.shape[0], bias
+            x, codes, scales, zeros, columns[0] if columns else None, weight.shape[0], bias, wide
         )
     if isinstance(weight, Stacked):
         biases = [None] * len(weight.parts) if bias is None else bias.split(weight.heights)
-        return torch.cat([linear(x, *part) for part in zip(weight.parts, biases, strict=True)], 1)
-    return _linear(x, weight, bias)
+        return torch.cat([linear(x, *part, wide) for part in zip(weight.parts, biases, strict=True)], 1)
+    return _linear(x, weight, bias, wide)
 
 
 def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

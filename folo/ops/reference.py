@@ -29,6 +29,7 @@ from folo.ops.reduce import row_sum
 ROW_TILE = 16  # rows of a matrix product, and query rows of an attention tile
 K_CHUNK = 512
 N_TILE = 64
+N_PART = 8192
 KV_TILE = 128  # keys of an attention tile, whatever the block size
 
 
@@ -44,8 +45,16 @@ def _native(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x `[M, K]` @ weight `[N, K]`.T + bias `[N]` -> `[M, N]` in x's dtype, accumulated in float32."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
+    """x `[M, K]` @ weight `[N, K]`.T + bias `[N]` -> `[M, N]` in x's dtype, accumulated in float32.
+
+    wide: the result is not rounded to x's dtype, but as it was accumulated.
+    """
+    if wide and x.dtype in (torch.float16, torch.bfloat16):  # a part at a time: widened, a weight is large
+        parts = weight.split(N_PART)
+        biases = [None] * len(parts) if bias is None else bias.split(N_PART)
+        pairs = zip(parts, biases, strict=True)
+        return torch.cat([linear(_wide(x), _wide(w), None if b is None else _wide(b)) for w, b in pairs], 1)
     m, n = x.shape[0], weight.shape[0]
     native = _native(x)
     a, b = (x, weight) if native else (_wide(x), _wide(weight))
@@ -77,12 +86,13 @@ def quantized_linear(
     columns: Tensor | None,
     n: int,
     bias: Tensor | None = None,
+    wide: bool = False,
 ) -> Tensor:
-    """`linear` of a `Quantized` weight, dequantised without rounding: x `[M, K]` -> `[M, n]` in x's dtype."""
-    wide = _wide(x)
-    weight = stored(codes, scales, zeros, wide.dtype)[:n]
-    wide = placed(wide, codes, columns)
-    return linear(wide, weight, None if bias is None else bias.to(wide.dtype)).to(x.dtype)
+    """`linear` of a `Quantized` weight, dequantised without rounding: x `[M, K]` -> `[M, n]`."""
+    rows = placed(_wide(x), codes, columns)
+    weight = stored(codes, scales, zeros, rows.dtype)[:n]
+    out = linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+    return out if wide else out.to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -40,6 +40,9 @@ def test_linear_rounds_once(n: int, k: int, biased: bool, dtype: torch.dtype) ->
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     for m in (1, 70):
         check_rounded_once(linear(x[:m], weight, bias), exact[:m])
+        wide = linear(x[:m], weight, bias, wide=True)
+        assert wide.dtype == torch.float32
+        check_rounded_once(wide, exact[:m])
 
 
 @pytest.mark.parametrize(("dtype", "height"), TILES)

@@ -21,9 +21,9 @@ SHAPES = ((1, 64, 32), (20, 130, 48), (100, 192, 128), (36, 20, 128), (48, 96, -
 """[N, K] and the columns of a group: spans of 1, 2 and 4 blocks, short last ones; the last has two splits."""
 
 
-def linear(x: Tensor, packed: Quantized, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, packed: Quantized, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     parts = packed.codes, packed.scales, packed.zeros, packed.columns
-    return quantized_linear(x, *parts, packed.shape[0], bias)
+    return quantized_linear(x, *parts, packed.shape[0], bias, wide)
 
 
 def fix_tiling(monkeypatch: pytest.MonkeyPatch, height: int, side_by_side: bool) -> None:
@@ -58,7 +58,10 @@ def test_it_rounds_once(n: int, k: int, group_size: int, bits: int, dtype: torch
     bias = random(n, dtype=dtype) if n % 3 else None
     exact = x.double() @ packed.plain(torch.float64).t() + (0 if bias is None else bias.double())
     for m in (1, 70):
-        check_rounded_once(linear(x[:m], packed, bias), exact[:m])
+        got, wide = (linear(x[:m], packed, bias, wide) for wide in (False, True))
+        check_rounded_once(got, exact[:m])
+        assert same_bits(wide.to(dtype), got)
+        assert wide.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("dtype", "height"), TILES)

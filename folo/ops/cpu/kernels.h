@@ -23,6 +23,7 @@ struct Linear {
   int64_t m, n, k;
   bool gated;  // the first half of the columns is a gate's, and out [m, n / 2] is silu(gate) times the other;
                // n is a multiple of 32
+  bool wide;   // out is in fp32, whatever the dtype of the others; not if gated
 };
 
 struct Quantized {
@@ -35,6 +36,7 @@ struct Quantized {
   const void* bias;        // [n], or null
   void* out;               // [m, n]
   int64_t m, n, k, bits, blocks, span;
+  bool wide;  // out is in fp32, whatever the dtype of the others
 };
 
 struct Norm {

@@ -33,7 +33,12 @@ Maybe of_columns(const Maybe& weight, const Tensor& x, int64_t n) {
   return weight ? Maybe(of_columns(*weight, x, n)) : Maybe();
 }
 
-Tensor product(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias, bool gated) {
+// An output of x's kind, in fp32 where it is wide.
+Tensor out_of(const Tensor& x, int64_t n, bool wide) {
+  return at::empty({x.size(0), n}, wide ? x.options().dtype(at::kFloat) : x.options());
+}
+
+Tensor product(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias, bool gated, bool wide) {
   same_dtype(x, {&packed});
   const Tensor rows = x.contiguous();
   const int64_t k = rows.size(1), per = x.scalar_type() == at::kBFloat16 ? 2 : 1;
@@ -42,34 +47,34 @@ Tensor product(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bi
                   packed.size(1) == depth && packed.numel() == tiles * depth * 16 * per,
               "a packed weight of ", packed.sizes(), " does not fit x ", x.sizes(), " and ", n, " outputs");
   const Maybe biases = of_columns(bias, x, n);
-  Tensor out = at::empty({rows.size(0), gated ? n / 2 : n}, rows.options());
+  Tensor out = out_of(rows, gated ? n / 2 : n, wide);
   kernels->linear({dtype_of(x), rows.const_data_ptr(), packed.const_data_ptr(), data(biases), out.data_ptr(),
-                   rows.size(0), n, k, gated});
+                   rows.size(0), n, k, gated, wide});
   return out;
 }
 
-Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias) {
-  if (!known(x)) return reference<Tensor>("folo_reference::packed_linear", x, packed, n, bias);
-  return product(x, packed, n, bias, false);
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias, bool wide) {
+  if (!known(x)) return reference<Tensor>("folo_reference::packed_linear", x, packed, n, bias, wide);
+  return product(x, packed, n, bias, false, wide);
 }
 
 Tensor silu_mul(const Tensor& gate_up);
 
 Tensor packed_gated_linear(const Tensor& x, const Tensor& packed, int64_t n, const Maybe& bias) {
   if (!known(x)) return reference<Tensor>("folo_reference::packed_gated_linear", x, packed, n, bias);
-  if (n % 32) return silu_mul(product(x, packed, n, bias, false));  // gate and up share a tile
-  return product(x, packed, n, bias, true);
+  if (n % 32) return silu_mul(product(x, packed, n, bias, false, false));  // gate and up share a tile
+  return product(x, packed, n, bias, true, false);
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias) {
-  if (!known(x)) return reference<Tensor>("folo_reference::linear", x, weight, bias);
-  return packed_linear(x, reference<Tensor>("folo::pack", weight), weight.size(0), bias);
+Tensor linear(const Tensor& x, const Tensor& weight, const Maybe& bias, bool wide) {
+  if (!known(x)) return reference<Tensor>("folo_reference::linear", x, weight, bias, wide);
+  return packed_linear(x, reference<Tensor>("folo::pack", weight), weight.size(0), bias, wide);
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
-                        const Maybe& columns, int64_t n, const Maybe& bias) {
+                        const Maybe& columns, int64_t n, const Maybe& bias, bool wide) {
   if (!known(x))
-    return reference<Tensor>("folo_reference::quantized_linear", x, codes, scales, zeros, columns, n, bias);
+    return reference<Tensor>("folo_reference::quantized_linear", x, codes, scales, zeros, columns, n, bias, wide);
   const Tensor rows = x.contiguous();
   const Maybe places = columns ? Maybe(columns->contiguous()) : Maybe();
   const Maybe biases = of_columns(bias, x, n);
@@ -84,11 +89,11 @@ Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scal
                   scales.size(0) == tiles && scales.size(2) == 16 && (blocks + span - 1) / span == spans &&
                   (places ? places->size(0) == 32 * blocks : k <= 32 * blocks && 32 * blocks < k + 32),
               "a quantised weight of ", codes.sizes(), " does not fit x ", x.sizes(), " and ", n, " outputs");
-  Tensor out = at::empty({rows.size(0), n}, rows.options());
+  Tensor out = out_of(rows, n, wide);
   kernels->quantized({dtype_of(x), rows.const_data_ptr(), codes.const_data_ptr<int32_t>(),
                       static_cast<const fp16*>(scales.const_data_ptr()), zeros.const_data_ptr<uint8_t>(),
                       places ? places->const_data_ptr<int64_t>() : nullptr, data(biases), out.data_ptr(),
-                      rows.size(0), n, k, codes.size(2), blocks, span});
+                      rows.size(0), n, k, codes.size(2), blocks, span, wide});
   return out;
 }
 
@@ -196,10 +201,10 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
 
 // Of a weight in either layout of the kernels: the parts that folo/ops/library.py gives to its op.
 Tensor linear_of(const Tensor& x, at::TensorList weight, int64_t n, const Maybe& bias) {
-  if (weight.size() == 1) return packed_linear(x, weight[0], n, bias);
+  if (weight.size() == 1) return packed_linear(x, weight[0], n, bias, false);
   TORCH_CHECK(weight.size() == 3 || weight.size() == 4, "a weight has 1, 3 or 4 parts, not ", weight.size());
   const Maybe columns = weight.size() == 4 ? Maybe(weight[3]) : Maybe();
-  return quantized_linear(x, weight[0], weight[1], weight[2], columns, n, bias);
+  return quantized_linear(x, weight[0], weight[1], weight[2], columns, n, bias, false);
 }
 
 Tensor gated_linear_of(const Tensor& x, at::TensorList weight, int64_t n, const Maybe& bias) {

@@ -43,24 +43,24 @@ struct Ahead {
 };
 
 // Where sums go: those of row `row` and of the columns of tile `tile` to the beginning.
-template <typename T>
 struct Out {
-  T* at;
+  void* begin;
+  bool wide;
   int64_t stride, row, tile;
-  T* of(int64_t r, int64_t t) const { return at + (r - row) * stride + (t - tile) * kTile; }
+  int64_t at(int64_t r, int64_t t) const { return (r - row) * stride + (t - tile) * kTile; }
 };
 
 template <typename T>
-void write_tile(const Linear& a, const Out<T>& out, int64_t row, int64_t tile, const Float* sums) {
+void write_tile(const Linear& a, const Out& out, int64_t row, int64_t tile, const Float* sums) {
   const int64_t column = tile * kTile;
   const T* bias = a.bias ? static_cast<const T*>(a.bias) + column : nullptr;
-  write(out.of(row, tile), sums, bias, int(std::min<int64_t>(kTile, a.n - column)));
+  write(out.begin, out.wide, out.at(row, tile), sums, bias, int(std::min<int64_t>(kTile, a.n - column)));
 }
 
 // R rows times C tiles.
 template <typename P, int R, int C>
 void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, int64_t tile,
-           const Out<typename P::T>& out, Ahead& ahead) {
+           const Out& out, Ahead& ahead) {
   constexpr int V = C * kVectors;
   const auto* w = static_cast<const typename P::W*>(a.weight) + tile * depth * kTile;
   Float sums[R][V];
@@ -69,9 +69,10 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
   const typename P::X* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = x + (row + r) * depth;
   // Cached for writing by the time sums are there: a store that has to wait for memory holds up the next block's.
+  const int64_t size = out.wide ? sizeof(float) : sizeof(typename P::T);
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C * kTile * int(sizeof(typename P::T)); c += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(out.of(row + r, tile)) + c, 1);
+    for (int64_t c = 0; c < C * kTile * size; c += 64)
+      __builtin_prefetch(static_cast<const char*>(out.begin) + out.at(row + r, tile) * size + c, 1);
   for (int64_t k = 0; k < depth; ++k) {
     ahead.fetch<C>(reinterpret_cast<const char*>(w), kTile * int64_t(sizeof(*w)), depth, k);
     decltype(P::columns(w)) columns[V];
@@ -83,7 +84,7 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) write_tile(a, out, row + r, tile + c, sums[r] + c * kVectors);
+    for (int c = 0; c < C; ++c) write_tile<typename P::T>(a, out, row + r, tile + c, sums[r] + c * kVectors);
 }
 
 // A thread's products of rows of x with panels of kTiles tiles.
@@ -91,12 +92,11 @@ template <typename P>
 struct Multiplier {
   static constexpr int kHigh = kRows, kTiles = kWide, kMost = 96;  // rows at once; tiles; rows of a chunk
   static constexpr int64_t kChunkBytes = 256 << 10;                // of x that a thread goes over tile by tile
-  using O = Out<typename P::T>;
 
   static bool fetches_ahead(int64_t chunks) { return chunks == 1; }
 
   void panel(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
-             int64_t last, const O& out, Ahead& ahead) {
+             int64_t last, const Out& out, Ahead& ahead) {
     last_block<kTiles>(last - tile, tile, [&](auto tiles, int64_t at) {
       rows<decltype(tiles)::value>(a, x, depth, first, end, at, out, ahead);
     });
@@ -105,7 +105,7 @@ struct Multiplier {
  private:
   template <int C>
   void rows(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
-            const O& out, Ahead& ahead) {
+            const Out& out, Ahead& ahead) {
     in_blocks<kRows>(first, end, [&](auto rows, int64_t row) {
       block<P, decltype(rows)::value, C>(a, x, depth, row, tile, out, ahead);
     });
@@ -125,7 +125,7 @@ struct Multiplier<Pairs> {
   static bool fetches_ahead(int64_t) { return true; }
 
   void panel(const Linear& a, const uint32_t* x, int64_t depth, int64_t first, int64_t end, int64_t tile, int64_t last,
-             const Out<bf16>& out, Ahead& ahead) {
+             const Out& out, Ahead& ahead) {
     const auto* left = static_cast<const uint32_t*>(a.weight) + tile * depth * kTile;
     const auto* right = last - tile > 1 ? left + depth * kTile : nullptr;
     const bool several = end - first > kHigh;
@@ -156,7 +156,7 @@ struct Multiplier<Pairs> {
       for (int64_t r = fresh - row; r < count; ++r) {
         for (int64_t c = 0; c < last - tile; ++c) {
           const Float sum = load(&sums[fresh - first + r][c * kTile]);
-          write_tile(a, out, row + r, tile + c, &sum);
+          write_tile<bf16>(a, out, row + r, tile + c, &sum);
         }
       }
     });
@@ -187,7 +187,7 @@ void product(const Linear& a, const typename P::X* x, int64_t depth) {
     M multiplier;
     alignas(64) T both[M::kMost * 2 * kWidth];
     // Weights from `tile` on, `next` being those that come after.
-    auto panel = [&](int64_t first, int64_t end, int64_t tile, int64_t last, int64_t next, const Out<T>& out) {
+    auto panel = [&](int64_t first, int64_t end, int64_t tile, int64_t last, int64_t next, const Out& out) {
       Ahead ahead;
       if (const int64_t blocks = (end - first + M::kHigh - 1) / M::kHigh; blocks > 1)
         ahead.lines = (M::kTiles + blocks - 1) / blocks;
@@ -202,11 +202,11 @@ void product(const Linear& a, const typename P::X* x, int64_t depth) {
       const int64_t first = task % chunks * height, end = std::min(a.m, first + height);
       const int64_t tile = task / chunks * tiles / panels, last = (task / chunks + 1) * tiles / panels;
       if (!a.gated) {
-        panel(first, end, tile, last, last, {static_cast<T*>(a.out), a.n, 0, 0});
+        panel(first, end, tile, last, last, {a.out, a.wide, a.n, 0, 0});
         continue;
       }
-      panel(first, end, tile, last, tiles + tile, {both, 2 * kWidth, first, tile});
-      panel(first, end, tiles + tile, tiles + last, last, {both + kWidth, 2 * kWidth, first, tiles + tile});
+      panel(first, end, tile, last, tiles + tile, {both, false, 2 * kWidth, first, tile});
+      panel(first, end, tiles + tile, tiles + last, last, {both + kWidth, false, 2 * kWidth, first, tiles + tile});
       for (int64_t row = first; row < end; ++row) {
         const T* gate = both + (row - first) * 2 * kWidth;
         silu_mul_row(gate, gate + kWidth, static_cast<T*>(a.out) + row * tiles * kTile + tile * kTile,

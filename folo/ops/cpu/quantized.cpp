@@ -233,7 +233,7 @@ void product(const Quantized& a, const typename P::X* x) {
           const int64_t column = (tile + t) * kTile;
           Float sums[kVectors];
           for (int v = 0; v < kVectors; ++v) sums[v] = load(totals + (r * M::kTiles + t) * kTile + v * kLanes);
-          write(static_cast<T*>(a.out) + (first + r) * a.n + column, sums,
+          write(a.out, a.wide, (first + r) * a.n + column, sums,
                 a.bias ? static_cast<const T*>(a.bias) + column : nullptr, int(std::min<int64_t>(kTile, a.n - column)));
         }
       }

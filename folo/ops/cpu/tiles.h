@@ -90,14 +90,24 @@ inline X read(const X* at) {
 }
 
 // Sums of one row and the columns of a tile, of which there are `count`, to the output.
-template <typename T>
-void write(T* out, const Float* sums, const T* bias, int count) {
+template <typename O, typename T>
+void write(O* out, const Float* sums, const T* bias, int count) {
   for (int v = 0; v < kVectors; ++v, out += kLanes, bias += bias ? kLanes : 0, count -= kLanes) {
     if (count >= kLanes) {
       store(out, bias ? sums[v] + load(bias) : sums[v]);
     } else if (count > 0) {
       store(out, bias ? sums[v] + load(bias, count) : sums[v], count);
     }
+  }
+}
+
+// To element `at` of outputs in T, or in fp32 where they are wide.
+template <typename T>
+void write(void* out, bool wide, int64_t at, const Float* sums, const T* bias, int count) {
+  if (wide) {
+    write(static_cast<float*>(out) + at, sums, bias, count);
+  } else {
+    write(static_cast<T*>(out) + at, sums, bias, count);
   }
 }
 

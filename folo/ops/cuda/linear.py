@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
@@ -204,27 +205,24 @@ def builds() -> Iterator[Build]:
             chosen = plan(n, k, dtype)
             integers = dict.fromkeys(("m", "n", "k"), "i32")
             serves = f"linear {pointer} {chosen.block_n} {chosen.aligned}"
-            for bias in (pointer, "constexpr"):
-                for m in (1, 128, 8192):
-                    kernel, grid = chosen.product(m)
-                    whole = {"x": pointer, "weight": pointer, "bias": bias, "out": pointer}
-                    if grid[1] > 1:
-                        whole |= {"bias": "constexpr", "out": "*fp32"}
-                        ends = {"parts": "*fp32", "bias": bias, "out": pointer}
-                        yield Build(
-                            splits_sum(chosen.aligned), {**ends, "m": "i32", "n": "i32", "splits": "i32"}
-                        )
-                    yield Build(kernel, {**whole, **integers, "chunk": "i32"}, serves)
+            for bias, out, m in product((pointer, "constexpr"), (pointer, "*fp32"), (1, 128, 8192)):
+                kernel, grid = chosen.product(m)
+                whole = {"x": pointer, "weight": pointer, "bias": bias, "out": out}
+                if grid[1] > 1:
+                    whole |= {"bias": "constexpr", "out": "*fp32"}
+                    ends = {"parts": "*fp32", "bias": bias, "out": out}
+                    yield Build(splits_sum(chosen.aligned), {**ends, "m": "i32", "n": "i32", "splits": "i32"})
+                yield Build(kernel, {**whole, **integers, "chunk": "i32"}, serves)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """`reference.linear`."""
     x, weight = aligned(x), aligned(weight)
     bias = None if bias is None else aligned(bias)
     (m, k), n = x.shape, weight.shape[0]
     chosen = plan(n, k, x.dtype)
     kernel, grid = chosen.product(m)
-    out = x.new_empty((m, n))
+    out = x.new_empty((m, n), dtype=torch.float32 if wide else x.dtype)
     if grid[1] == 1:
         kernel.launch(grid, x, weight, bias, out, m, n, k, chosen.chunk)
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
@@ -161,21 +162,15 @@ def builds() -> Iterator[Build]:
             for n, blocks in _WEIGHTS:
                 chosen = plan(n, blocks, bits, span, dtype)
                 integers = dict.fromkeys(("m", "n", "blocks", "chunk", "reach"), "i32")
-                for bias in (pointer, "constexpr"):
-                    for m in (1, 8192):
-                        kernel, grid = chosen.product(m)
-                        ends = {"bias": bias, "out": pointer}
-                        if grid[1] > 1:
-                            for aligned_rows in (False, True):
-                                sums = {
-                                    "parts": "*fp32",
-                                    **ends,
-                                    **dict.fromkeys(("m", "n", "splits"), "i32"),
-                                }
-                                yield Build(splits_sum(aligned_rows), sums)
-                            ends = {"bias": "constexpr", "out": "*fp32"}
-                        weight = {"codes": "*i32", "scales": "*fp16", "zeros": "*u8"}
-                        yield Build(kernel, {"x": pointer, **weight, **ends, **integers}, serves)
+                for bias, out, m in product((pointer, "constexpr"), (pointer, "*fp32"), (1, 8192)):
+                    kernel, grid = chosen.product(m)
+                    ends = {"bias": bias, "out": out}
+                    if grid[1] > 1:
+                        sums = {"parts": "*fp32", **ends, **dict.fromkeys(("m", "n", "splits"), "i32")}
+                        yield from (Build(splits_sum(aligned_rows), sums) for aligned_rows in (False, True))
+                        ends = {"bias": "constexpr", "out": "*fp32"}
+                    weight = {"codes": "*i32", "scales": "*fp16", "zeros": "*u8"}
+                    yield Build(kernel, {"x": pointer, **weight, **ends, **integers}, serves)
 
 
 def quantized_linear(
@@ -186,6 +181,7 @@ def quantized_linear(
     columns: Tensor | None,
     n: int,
     bias: Tensor | None = None,
+    wide: bool = False,
 ) -> Tensor:
     """`reference.quantized_linear`."""
     x = aligned(placed(x, codes, columns))
@@ -194,7 +190,7 @@ def quantized_linear(
     m, blocks = x.shape[0], codes.shape[1]
     chosen = plan(n, blocks, codes.shape[2], span_blocks(codes, scales), x.dtype)
     kernel, grid = chosen.product(m)
-    out = x.new_empty((m, n))
+    out = x.new_empty((m, n), dtype=torch.float32 if wide else x.dtype)
     if grid[1] == 1:
         kernel.launch(grid, x, codes, scales, zeros, bias, out, m, n, blocks, chosen.chunk, blocks)
     else:
