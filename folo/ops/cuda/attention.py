@@ -110,12 +110,15 @@ def _attention(
     inside = row < num_rows
     position = tl.where(inside, length - (end - start) + row // group, -1)
     num_keys = tl.max(position) + 1
-    row = (start + row // group) * (tl.num_programs(1) * group) + head * group + row % group
+    num_heads = tl.num_programs(1) * group
+    # From the tile's first token on: all rows together may have more elements than 32 bits count.
+    row = (row // group - first // group) * num_heads + head * group + row % group
+    origin = (start + first // group).to(tl.int64) * num_heads
     column = tl.arange(0, WIDTH)
     in_head = column < head_dim
     places = row[:, None] * head_dim + column[None, :]
     stored = inside[:, None] & in_head[None, :]
-    queries = tl.load(q + places, mask=stored, other=0.0)
+    queries = tl.load(q + origin * head_dim + places, mask=stored, other=0.0)
     table = block_tables + sequence.to(tl.int64) * table_stride
     k_cache += head.to(tl.int64) * head_stride
     v_cache += head.to(tl.int64) * head_stride
@@ -148,12 +151,13 @@ def _attention(
         if MERGED:
             all_top, all_total, all_sums = _merge(all_top, all_total, all_sums, top, total, sums)
         else:
-            part = num_tokens * (tl.num_programs(1) * group) * split
+            part = num_tokens.to(tl.int64) * num_heads * split + origin
             tl.store(part_tops + part + row, top, mask=inside)
             tl.store(part_totals + part + row, total, mask=inside)
             tl.store(part_sums + part * head_dim + places, sums, mask=stored)
     if MERGED:
-        tl.store(out + places, _normalised(all_total, all_sums).to(out.dtype.element_ty), mask=stored)
+        result = _normalised(all_total, all_sums).to(out.dtype.element_ty)
+        tl.store(out + origin * head_dim + places, result, mask=stored)
 
 
 @triton.jit(do_not_specialize=_MERGE_INTEGERS)
