@@ -80,7 +80,6 @@ class LLMEngine:
         )
         self._step = compile(step, config.model.compile)
         self._next_id = 0
-        self._coming: tuple[str, ...] = ()  # the request of each token of the step in flight
         self._clocks: dict[str, Clock] = {}
         self._texts = Texts()
         self._done: dict[str, RequestOutput] = {}  # finished, and not yet given to whoever asked
@@ -112,7 +111,10 @@ class LLMEngine:
         Raises RequestError if there is no such request.
         """
         if request_id not in self._done:  # else it ended by itself, just before
-            self.state = abort(self.state, request_id)
+            before = self.state
+            self.state = abort(before, request_id)
+            if self.state.counters.steps > before.counters.steps:  # a step in flight has landed
+                self._note(before.in_flight)
             self._collect()
 
     def has_unfinished_requests(self) -> bool:
@@ -123,8 +125,7 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run one step: the outputs so far of requests that got tokens, and those that have ended."""
         moved = {id for id in self._advance() if id in self.state.requests} - self._streams
-        unfinished = self.state.unfinished() if moved else {}
-        running = [self._output(id, unfinished[id]) for id in moved]
+        running = [self._output(id, sequences) for id, sequences in self._unfinished(moved).items()]
         ended = [self._done[id] for id in self._done.keys() - self._streams]
         self._done = {id: self._done[id] for id in self._done.keys() & self._streams}
         return sorted([*ended, *running], key=lambda output: output.metrics["arrival"])
@@ -139,7 +140,7 @@ class LLMEngine:
 
         A prompt is text or a sequence of token ids. sampling_params: one for all, one each, or None
         for the model's defaults. Open streams and other requests move on as well. A call that raises
-        leaves the engine as it was before.
+        leaves the engine's requests and tokens as they were before; their K and V are computed anew.
 
         Raises:
             RequestError: see `folo.submit`; or not as many sampling_params as prompts.
@@ -264,7 +265,7 @@ class LLMEngine:
             self._streams.add(id)
             while id not in self._done:
                 self._advance()
-                for sequence in self.state.sequences(id) if id not in self._done else ():
+                for sequence in self._unfinished({id})[id] if id not in self._done else ():
                     text = self._texts.settled(self.tokenizer, sequence)
                     safe = detokenize.stream_safe_length(text, cast("Sequence[str]", request.sampling.stop))
                     if safe > shown:
@@ -285,33 +286,39 @@ class LLMEngine:
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
         # What is kept for the way back holds no blocks: a state that did would pin the whole cache.
-        self.state = landed(self.state)
-        kept = vacate(self.state), self._next_id, dict(self._clocks), dict(self._done), self._coming
+        before = self.state
+        self.state = landed(before)
+        self._note(before.in_flight)
+        kept = vacate(self.state), self._next_id, dict(self._clocks), dict(self._done)
         try:
             yield
         except BaseException:
-            self.state, self._next_id, self._clocks, self._done, self._coming = kept
+            self.state, self._next_id, self._clocks, self._done = kept
             raise
 
     def _advance(self) -> tuple[str, ...]:
         """One step, if there is anything to run; the request of each token that is known from now on."""
-        begun, known = time.perf_counter(), self._coming
-        batch = schedule(self.state)
+        begun, before = time.perf_counter(), self.state
+        batch, known = schedule(before), before.in_flight
         if batch is None:
-            self.state, self._coming = landed(self.state), ()
+            self.state = landed(before)
         else:
-            self.state, tokens = self._step(self.params, self.state, batch)
+            self.state, tokens = self._step(self.params, before, batch)
             for item in batch.scheduled:
                 if item.admitted:
                     self._clocks[item.sequence.id] = self._clock(item.sequence.id).admit(begun)
-            self._coming = tokens.request_ids
             if self.state.flight is None:
-                known, self._coming = (*known, *self._coming), ()
-        now = time.perf_counter()
-        for id in known:
-            self._clocks[id] = self._clock(id).token(now)
+                known = (*known, *tokens.request_ids)
+        self._note(known)
         self._collect()
         return known
+
+    def _note(self, known: Iterable[str]) -> None:
+        """The request of each token that is known from now on."""
+        now, state = time.perf_counter(), self.state
+        for id in known:
+            if id in state.requests or id in state.finished:
+                self._clocks[id] = self._clock(id).token(now)
 
     def _clock(self, id: str) -> Clock:
         """A request's clock; a new one if `state` was set to a value that holds requests from before."""
@@ -326,6 +333,15 @@ class LLMEngine:
             self._clocks.pop(id, None)
             self._texts.forget(id, num_samples)
         self.state = after
+
+    def _unfinished(self, ids: set[str]) -> dict[str, list[Continuation]]:
+        """Sequences of these requests in the queues: of one that got a token and is one sample, it runs."""
+        state, found = self.state, {id: list[Continuation]() for id in ids}
+        several = any(state.held(id).num_samples > 1 for id in ids)
+        for sequence in (*state.running, *state.waiting) if several else state.running:
+            if sequence.id in found:
+                found[sequence.id].append(sequence)
+        return found
 
     def _output(self, id: str, unfinished: Sequence[Continuation]) -> RequestOutput:
         held = self.state.held(id)

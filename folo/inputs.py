@@ -80,7 +80,7 @@ class Penalties:
 
 @dataclass(frozen=True)
 class Rows:
-    """At most ROWS_PER_TILE rows of which logits are wanted: to sample from, or to score a target.
+    """A tile of R rows, at most ROWS_PER_TILE, of which logits are wanted: to sample from, or to score.
 
     What no row of the tile asks for is left out (None, or NO_LOGPROBS): the ops are exact
     no-ops for rows that do not ask, so leaving one out changes no bit.
@@ -103,19 +103,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class Inputs:
-    """T tokens of S sequences, in order; B is the longest block table."""
+    """T tokens of S sequences, in order; B is the longest block table. Padding: `folo.padding`."""
 
     token_ids: Tensor  # int64[T]
     positions: Tensor  # int64[T]
-    slots: Tensor  # int64[T], block * block_size + offset
+    slots: Tensor  # int64[T], block * block_size + offset; -1 for padding, which is written nowhere
     query_start: Tensor  # int32[S + 1]
     seq_lens: Tensor  # int32[S], context length including this step's tokens
     block_tables: Tensor  # int32[S, B], 0 where a table is shorter
     copy_source: Tensor  # int64[C], blocks to copy before anything is written
     copy_target: Tensor  # int64[C]
-    logits_rows: Tensor | None  # int64[R], the tokens of which logits are wanted; None: of all
-    rows: tuple[Rows, ...]  # what for
-    source: Tensor | None = None  # int64[T], the row of the step before whose token this is, or -1 if known
+    logits_rows: Tensor | None  # int64[of all tiles], the tokens of which logits are wanted; None: of all
+    rows: tuple[Rows, ...]  # what for, in tiles
+    source: Tensor | None = None  # int64[T], the row of `Flight.ids` whose token this is, or -1 if known
 
 
 for _arrays in (Penalties, Rows, Inputs):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from folo.state.evolve import evolve
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,12 @@ class Clock:
 
     def admit(self, now: float) -> Clock:
         """The first step that computes the request begins; later admissions change nothing."""
-        return self if self.admitted is not None else replace(self, admitted=now)
+        return self if self.admitted is not None else evolve(self, admitted=now)
 
     def token(self, now: float) -> Clock:
         """A step that sampled one of its tokens has ended."""
         first = now if self.first is None else self.first
-        return replace(self, first=first, last=now, num_tokens=self.num_tokens + 1)
+        return evolve(self, first=first, last=now, num_tokens=self.num_tokens + 1)
 
     def metrics(self, num_samples: int = 1) -> dict[str, float]:
         """What is known so far: seconds, and tokens a second for `throughput`.

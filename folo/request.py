@@ -100,7 +100,8 @@ class RequestOutput:
     """A request and its continuations: the best n of best_of once finished, all of them before.
 
     prompt_logprobs: None for the first prompt token, then {token id: Logprob} for each.
-    num_cached_tokens: prompt tokens whose K and V came from the prefix cache (sample 0).
+    num_cached_tokens: tokens whose K and V were there when it was first scheduled, from the prefix cache,
+        a sibling or the parent of a fork (sample 0).
     lineage: the forks that it descends from, oldest first, as (parent request id, tokens kept, seed).
     metrics: filled by the shell (LLM, LLMEngine), which owns the clock; seconds and tokens a second.
     """

@@ -58,7 +58,8 @@ def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
         it is launched: its tokens are on the device, and the state that holds it is stepped on without
         waiting for them where nothing but decodes comes next. What needs them waits: `outputs`,
         `collect`, `save`, `fork`, `has_unfinished`, ... A request that ends by its tokens ends when they
-        are known, so a RequestError of a step (no token is allowed) comes from a later call.
+        are known. A RequestError of a step (no token is allowed) comes from the next `schedule`; all
+        else takes such a state for the one from before that step.
         "auto" is the fastest: "cudagraph" on CUDA. On a CPU "eager" (`folo bench latency --mode`): the
         ops leave a compiler little to fuse, and its guards take time for each layer.
 

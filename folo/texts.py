@@ -7,6 +7,7 @@ from typing import Any
 from folo import detokenize
 from folo.detokenize import TextState
 from folo.request import Request
+from folo.state.log import Log
 from folo.state.outputs import text_of, token_text_of
 from folo.state.sequence import Sequence
 
@@ -15,8 +16,8 @@ class Texts:
     """The decoded text of running sequences, and of single tokens: a cache over `folo.state.outputs`."""
 
     def __init__(self) -> None:
-        # By request id and sample: whose text it is, of how many tokens, and the text.
-        self._known: dict[tuple[str, int], tuple[Request, int, TextState]] = {}
+        # By request id and sample: whose text it is, of which tokens, how many of the output, and the text.
+        self._known: dict[tuple[str, int], tuple[Request, Log[int], int, TextState]] = {}
         self._pieces: dict[int, str | None] = {}
 
     def text(self, tokenizer: Any, sequence: Sequence) -> str:
@@ -42,11 +43,11 @@ class Texts:
             self._known.pop((id, sample), None)
 
     def _decoded(self, tokenizer: Any, sequence: Sequence) -> TextState:
-        request, key, ids = sequence.origin.request, (sequence.id, sequence.origin.sample), sequence.text_ids
-        owner, seen, text = self._known.get(key) or (None, 0, None)
-        if text is None or owner is not request or seen > len(ids):  # the engine went back to an older state
+        request, tokens, ids = sequence.origin.request, sequence.tokens, sequence.text_ids
+        owner, before, seen, text = self._known.get(sequence.key) or (None, tokens, 0, None)
+        if text is None or owner is not request or not before.continued_by(tokens):  # `state` was set
             skip = request.sampling.skip_special_tokens
             seen, text = 0, detokenize.begin(tokenizer, request.prompt_token_ids, skip)
         text = detokenize.advance(tokenizer, text, ids[seen:])
-        self._known[key] = request, len(ids), text
+        self._known[sequence.key] = request, tokens, len(ids), text
         return text

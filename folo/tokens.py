@@ -79,8 +79,9 @@ def tokens_of(rows: RowPlan, results: Results) -> Tokens:
 def tokens_in_flight(flight: Flight, sampled: Items[Sampled]) -> Tokens:
     """The tokens of a launched step, without waiting for them."""
     rows, ids, logprobs = flight.bound.batch.rows, flight.ids, None
-    at = rows.sampled
-    asked = [_num_logprobs(rows[n]) != NO_LOGPROBS for n in at]
+    at, asked = rows.sampled, []
+    if any(tile.logprob is not None for tile in sampled):
+        asked = [_num_logprobs(rows[n]) != NO_LOGPROBS for n in at]
     if any(asked):
         none = (torch.full(tile.ids.shape, torch.nan, device=ids.device) for tile in sampled)
         pairs = zip(sampled, none, strict=True)

@@ -27,7 +27,7 @@ class Results:
 def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
     """The state after a step of it, with the tokens appended and stop conditions applied.
 
-    Tokens may be UNRESOLVED: then a sequence ends only by its length.
+    Tokens may be UNRESOLVED: then a sequence ends only by its length, and its last token must not be read.
     """
     batch, size, caching = bound.batch, state.cache.block_size, state.cache.enable_prefix_caching
     pool, rows = bound.pool, batch.rows
@@ -36,6 +36,7 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
     changed: dict[int, Sequence] = {}  # by id() of the sequence in the old state
     ended: list[Sequence] = []
     admitted: list[Sequence] = []
+    left = False  # whether one of the waiting ones was scheduled
     hits = queries = at = 0
     for number, ((before, start, end, is_admitted, are_hits, _), table) in enumerate(
         zip(batch.scheduled, bound.tables, strict=True)
@@ -45,6 +46,7 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
         sequence, fields = draft(before)
         fields["table"], fields["num_computed"] = table, end
         if is_admitted:
+            left = True
             if are_hits and caching:  # the blocks are prefix hits
                 queries, hits = queries + before.tokens.length, hits + start
             if before.num_cached is None:
@@ -56,13 +58,14 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
                     fields["cumulative_logprob"] += scores.logprob
             if targets[at] == SAMPLE:
                 token, origin = ids[at], before.origin
-                fields["tokens"] = tokens = before.tokens.append(token)
-                length = tokens.length
+                length = before.tokens.length + 1
                 if token == UNRESOLVED:
+                    fields["tokens"] = before.tokens.longer()
                     if length >= origin.max_length:
                         fields["finish_reason"] = "length"
                     at += 1
                     continue
+                fields["tokens"] = tokens = before.tokens.append(token)
                 if caching and not length % size:
                     fields["digests"] = extend_digests(
                         before.digests, tokens, size, origin.request.cache_salt
@@ -83,7 +86,7 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
     if ended:
         running = [s for s in running if s.finish_reason is None]
     waiting = state.waiting
-    if waiting:
+    if left:
         waiting = tuple([s for s in waiting if id(s) not in changed])
     evicted = [victim.preempted() for victim in batch.preempted]
     counters = state.counters

@@ -52,7 +52,7 @@ def bind(batch: Batch) -> Bound:
 
 class _Binding:
     def __init__(self, batch: Batch) -> None:
-        self.state = batch.state
+        self.batch = batch
         self.size = batch.state.cache.block_size
         self.tables: list[BlockTable] = []
         self.copies: list[tuple[Block, Block]] = []
@@ -87,16 +87,16 @@ class _Binding:
 
     def _allocate(self) -> Block:
         try:
-            return self.state.heap.allocate()
+            return self.batch.state.heap.allocate()
         except OutOfBlocksError:
-            raise _out_of_blocks(self.state) from None
+            raise _out_of_blocks(self.batch) from None
 
 
-def _out_of_blocks(state: EngineState) -> OutOfBlocksError:
-    """The error for a step of `state` that found no free block. Looks at every object there is: slow."""
-    heap, mine = state.heap, set(state.blocks())
+def _out_of_blocks(batch: Batch) -> OutOfBlocksError:
+    """The error for a step that found no free block. Looks at every object there is: slow."""
+    heap, mine = batch.origin.heap, _blocks(batch.origin) | _blocks(batch.state)
     others = (o for o in gc.get_objects() if type(o) is EngineState and o.heap is heap)
-    pinning = [blocks for other in others if (blocks := set(other.blocks()) - mine)]
+    pinning = [blocks for other in others if (blocks := _blocks(other) - mine)]
     pinned = set[Block]().union(*pinning)
     rest = heap.num_blocks - len(mine) - len(pinned)
     return OutOfBlocksError(
@@ -105,3 +105,8 @@ def _out_of_blocks(state: EngineState) -> OutOfBlocksError:
         f"and by what tracebacks and outputs hold; drop some of the states, or give CacheConfig a larger "
         f"reserve_blocks"
     )
+
+
+def _blocks(state: EngineState) -> set[Block]:
+    tables = state.flight.bound.tables if state.flight else ()
+    return {*state.blocks(), *(block for table in tables for block in table.blocks)}

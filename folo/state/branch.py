@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from numbers import Integral
@@ -13,7 +12,7 @@ from folo.errors import RequestError
 from folo.request import integers
 from folo.state.engine import EngineState, Held
 from folo.state.evolve import evolve
-from folo.state.flight import landed
+from folo.state.flight import landed_or_before
 from folo.state.lifecycle import check_vocabulary, digests_of, origin_of, text_before
 from folo.state.log import Log
 from folo.state.queues import queued
@@ -48,7 +47,7 @@ def fork(
         RequestError: no such request or sample; an id that is taken; a `keep` that is not between
             the prompt and the whole; a token outside the vocabulary; no room left for output.
     """
-    state = landed(state)
+    state = landed_or_before(state)
     parent = _sample(state, id, sample)
     num_prompt, length = parent.origin.num_prompt, parent.tokens.length
     keep = length if keep is None else keep
@@ -58,7 +57,7 @@ def fork(
             f"to {length} (all)"
         )
     keep = int(keep)
-    if isinstance(children, str) or not isinstance(children, Collection) or not children:
+    if isinstance(children, str) or not isinstance(children, Items) or not children:
         raise RequestError(f"fork of {id!r}: children={children!r} is not a list of different ids")
     for child in children:
         if not isinstance(child, str) or not child or child in state.requests or child in state.finished:
@@ -101,7 +100,7 @@ def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
         RequestError: no such request; several samples (fork the one to go on with); no token ids, or
             one outside the vocabulary; no room left for output under max_model_len.
     """
-    state = landed(state)
+    state = landed_or_before(state)
     held = state.held(id)
     if held.num_samples > 1:
         raise RequestError(f"request {id!r} has {held.num_samples} samples: fork the one to go on with")
@@ -184,7 +183,7 @@ def _forced(state: EngineState, id: str, append: Any, count: int) -> list[list[i
 
 def _seeds(parent: Sequence, seeds: Items[int | None] | None, count: int) -> list[int | None]:
     seeds = [None] * count if seeds is None else seeds
-    if not hasattr(seeds, "__len__"):
+    if not isinstance(seeds, Items):
         raise RequestError(f"fork of {parent.id!r}: seeds={seeds!r} is not a list, one for each child")
     if len(seeds) != count:
         raise RequestError(f"fork of {parent.id!r}: {len(seeds)} seeds for {count} children")

@@ -6,7 +6,7 @@ from collections import Counter
 
 from folo.errors import IntegrityError
 from folo.state.engine import EngineState
-from folo.state.flight import landed
+from folo.state.flight import landed_or_before
 from folo.state.heap import Block
 from folo.state.pool import ROOT, block_digest
 from folo.state.sequence import Sequence
@@ -18,7 +18,7 @@ def check(state: EngineState) -> None:
     Raises:
         IntegrityError: they do not; the message says which. No sequence of folo's own calls leads there.
     """
-    state = landed(state)
+    state = landed_or_before(state)
     _check_queues(state)
     for sequence in state.running:
         _check_running(state, sequence)

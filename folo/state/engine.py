@@ -39,12 +39,12 @@ class Held:
 
 @dataclass(frozen=True)
 class Counters:
-    """What has happened in this state's history. Tokens, except where named otherwise."""
+    """What has happened in this state's history."""
 
     steps: int = 0
-    preemptions: int = 0  # sequences
-    prefix_queries: int = 0
-    prefix_hits: int = 0
+    preemptions: int = 0  # of sequences
+    prefix_queries: int = 0  # tokens that were looked up
+    prefix_hits: int = 0  # tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +92,14 @@ class EngineState:
         both = (held for requests in (self.requests, self.finished) for _, held in requests.items())
         return sorted(both, key=lambda held: held.arrival)
 
+    @property
+    def in_flight(self) -> tuple[str, ...]:
+        """The request of each token of the step in flight."""
+        if self.flight is None:
+            return ()
+        rows = self.flight.bound.batch.rows
+        return tuple(rows.sequences[n].id for n in rows.sampled)
+
     def unfinished(self) -> dict[str, list[Sequence]]:
         """The sequences in the queues, by request."""
         found: dict[str, list[Sequence]] = {}
@@ -100,7 +108,10 @@ class EngineState:
         return found
 
     def blocks(self) -> list[Block]:
-        """Every block that the state refers to: in the order of the tables, then the longest idle first."""
+        """Every block that the state refers to, but for what a step in flight took.
+
+        In the order of the tables, then the longest idle first.
+        """
         used = {block.index: block for s in self.running for block in s.table.blocks}
         return [*used.values(), *(block for _, block in sorted(self.pool.released.items()))]
 
@@ -112,12 +123,6 @@ class EngineState:
                 here = min(size, sequence.num_computed - number * size)
                 filled[block.index] = max(filled.get(block.index, 0), here)
         return filled
-
-    def sequences(self, id: str) -> list[Sequence]:
-        """The unfinished sequences of a request, by sample. Raises RequestError as `held` does."""
-        self.held(id)
-        found = (s for queue in (self.running, self.waiting) for s in queue if s.id == id)
-        return sorted(found, key=lambda s: s.origin.sample)
 
 
 def init(
@@ -200,12 +205,11 @@ def init(
 def margin(cache: CacheConfig, scheduler: SchedulerConfig, device: torch.device) -> int:
     """Blocks of the heap beyond those that one state may use: for steps in flight, and the reserve.
 
-    One step is being computed while its source is held; on a GPU a second one, of decodes, may follow
-    before anyone has looked at the first.
+    A step takes blocks for its tokens, and of each sequence a copy and a block that is not full. It is
+    computed while its source is held; on a GPU a second one is bound before the first has landed.
     """
-    chunk, decodes = -(-scheduler.max_num_batched_tokens // cache.block_size), 2 * scheduler.max_num_seqs
-    ahead = decodes if device.type == "cuda" else 0
-    return chunk + decodes + ahead + cache.reserve_blocks
+    chunk, in_flight = -(-scheduler.max_num_batched_tokens // cache.block_size), 1 + (device.type == "cuda")
+    return in_flight * (chunk + 2 * scheduler.max_num_seqs) + cache.reserve_blocks
 
 
 def longest_sequence(

@@ -10,10 +10,11 @@ _new, _set = object.__new__, object.__setattr__
 
 
 def evolve(value: T, **changes: Any) -> T:
-    """`dataclasses.replace` for values without slots or __post_init__, at a fifth of its cost.
+    """`dataclasses.replace` for values without slots, at a fifth of its cost.
 
     A step changes every running sequence, so this is what a step's host time is made of. Nothing is
-    validated: it is for fields that the state's own transitions computed.
+    validated, no __post_init__ runs, and cached properties are copied: it is for fields that the state's own
+    transitions computed.
     """
     changed, fields = draft(value)
     fields.update(changes)

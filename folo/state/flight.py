@@ -28,7 +28,8 @@ from folo.state.sequence import BlockTable
 class Flight:
     """A step that was launched from the state that holds it.
 
-    ids: what all rows of the launch came to, int64, on the device; `places` are those of its rows in it.
+    ids: what all rows of the launch came to, int64, on the device (empty, on the host, if it had no rows);
+        `places` are those of its rows in it.
     fetch: waits for the results of all rows of the launch, in the order of `ids`. May be called again.
 
     Raises:
@@ -85,7 +86,10 @@ def landed(state: EngineState) -> EngineState:
 
 
 def landed_or_before(state: EngineState) -> EngineState:
-    """`landed`; where that raises, the state from before the flight, which can be stepped again."""
+    """`landed`; where that raises, the state from before the flight, which can be stepped again.
+
+    What reads or changes a state takes this one, as after an error of an eager step: `schedule` tells of it.
+    """
     try:
         return landed(state)
     except RequestError:

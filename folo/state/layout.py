@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folo.inputs import ROWS_PER_TILE, SAMPLING, UNRESOLVED, Inputs, Penalties, Rows, pack_sampling
+from folo.inputs import ROWS_PER_TILE, SAMPLING, Inputs, Penalties, Rows, pack_sampling
 from folo.sampling import SamplingParams
 from folo.state.batch import Batch, Row, RowPlan, Scheduled
 from folo.state.bind import Bound
@@ -40,9 +40,10 @@ def inputs_of(bound: Bound) -> Inputs:
     tables = tables.reshape(len(scheduled), -1)
     slots = tables[number, positions // size].astype(np.int64) * size + positions % size
     wanted = bound.batch.rows.hidden
+    source = _sources(bound.batch) if bound.batch.foreseen else None
 
     return Inputs(
-        token_ids=_put(_token_ids(scheduled, len(positions)), np.int64),
+        token_ids=_put(_token_ids(scheduled, len(positions), source), np.int64),
         positions=_put(positions, np.int64),
         slots=_put(slots, np.int64),
         query_start=_put(query_start, np.int32),
@@ -52,7 +53,7 @@ def inputs_of(bound: Bound) -> Inputs:
         copy_target=_put([target.index for _, target in bound.copies], np.int64),
         logits_rows=None if len(wanted) == len(positions) else _put(wanted, np.int64),
         rows=_tiled(bound.batch),
-        source=_put(_sources(bound.batch), np.int64) if bound.batch.foreseen else None,
+        source=None if source is None else _put(source, np.int64),
     )
 
 
@@ -60,7 +61,10 @@ def _put(values: Any, dtype: type) -> Tensor:
     return torch.from_numpy(np.array(values, dtype))
 
 
-def _token_ids(scheduled: Items[Scheduled], count: int) -> list[int]:
+def _token_ids(scheduled: Items[Scheduled], count: int, source: list[int] | None) -> list[int]:
+    if source is not None:  # decodes, of tokens that the device fills in where it alone knows them
+        pairs = zip(source, scheduled, strict=True)
+        return [item.sequence.tokens[item.start] if place < 0 else 0 for place, item in pairs]
     if count == len(scheduled):
         return gather([item[0].tokens for item in scheduled], [item[1] for item in scheduled])
     return [token for item in scheduled for token in item.sequence.tokens[item.start : item.end]]
@@ -72,8 +76,7 @@ def _sources(batch: Batch) -> list[int]:
     assert flight is not None, "a batch is foreseen behind a flight"
     pairs = zip(flight.bound.batch.rows.sequences, flight.places, strict=True)
     places = {sequence.key: place for sequence, place in pairs}
-    last = [(sequence, sequence.tokens[start]) for sequence, start, *_ in batch.scheduled]
-    return [places[sequence.key] if token == UNRESOLVED else -1 for sequence, token in last]
+    return [places.get(item.sequence.key, -1) for item in batch.scheduled]
 
 
 def _tiled(batch: Batch) -> tuple[Rows, ...]:
@@ -117,12 +120,13 @@ def _tiled(batch: Batch) -> tuple[Rows, ...]:
 
 def _penalties(rows: RowPlan, tile: range, columns: np.ndarray) -> Penalties:
     punished, own = columns["punished"], columns[tile.start : tile.stop]
-    histories = [rows.sequences[n].tokens[: rows.positions[n]] if punished[n] else [] for n in tile]
+    tokens = [rows.sequences[n].tokens[: rows.positions[n]] if punished[n] else [] for n in tile]
+    histories = [np.array(history, np.int64) for history in tokens]
     prompts = [rows.sequences[n].origin.num_prompt if punished[n] else 0 for n in tile]
     biased = [(place, rows[n]) for place, n in enumerate(tile) if columns["biased"][n]]
     biases = [(place, token, value) for place, row in biased for token, value in _biases(row)]
     return Penalties(
-        history=_put([token for history in histories for token in history], np.int64),
+        history=torch.from_numpy(np.concatenate(histories)),
         history_start=_put([0, *accumulate(len(history) for history in histories)], np.int64),
         prompt_len=_put(prompts, np.int64),
         repetition=_put(own["repetition"], np.float32),

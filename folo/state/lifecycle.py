@@ -15,7 +15,7 @@ from folo.request import Request, RequestOutput
 from folo.sampling import derive_seed
 from folo.state.engine import EngineState, Held
 from folo.state.evolve import evolve
-from folo.state.flight import landed, landed_or_before
+from folo.state.flight import landed_or_before
 from folo.state.log import Log
 from folo.state.map import Map
 from folo.state.outputs import output_of
@@ -204,7 +204,7 @@ def vacate(state: EngineState) -> EngineState:
 
 def collect(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:
     """Take the finished requests out of the state; their outputs by id, in order of arrival."""
-    return collect_known(landed(state))
+    return collect_known(landed_or_before(state))
 
 
 def collect_known(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:

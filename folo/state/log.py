@@ -42,6 +42,14 @@ class Log(Generic[T]):
         items.extend(new)
         return _version(items, len(items))
 
+    def longer(self) -> Log[T]:
+        """With one item more, which nobody knows yet and nobody may read."""
+        return _version(self._items, self.length + 1)
+
+    def continued_by(self, other: Log[T]) -> bool:
+        """Whether `other` is known to begin with these items, since both are of one list: O(1)."""
+        return self._items is other._items and self.length <= other.length
+
     def first(self, length: int) -> Log[T]:
         """The first `length` items, at most all of them, in O(1)."""
         return _version(self._items, min(length, self.length))

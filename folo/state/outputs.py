@@ -8,19 +8,19 @@ from typing import Any
 from folo import detokenize
 from folo.request import CompletionOutput, Logprob, RequestOutput
 from folo.state.engine import EngineState, Held
-from folo.state.flight import landed
+from folo.state.flight import landed_or_before
 from folo.state.sequence import Sequence, TokenLogprobs
 
 
 def has_unfinished(state: EngineState) -> bool:
     """Whether any sequence still waits or runs."""
-    state = landed(state)
+    state = landed_or_before(state)
     return bool(state.running or state.waiting)
 
 
 def outputs(state: EngineState) -> dict[str, RequestOutput]:
     """The output so far of every request that the state holds, finished or not, in order of arrival."""
-    state = landed(state)
+    state = landed_or_before(state)
     unfinished = state.unfinished()
     return {
         held.request.id: output_of(state, held, unfinished.get(held.request.id, ()))

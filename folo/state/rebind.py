@@ -9,7 +9,7 @@ from folo.config import SchedulerConfig
 from folo.errors import ConfigError, ParamsMismatchError
 from folo.state.engine import EngineState, longest_sequence, margin
 from folo.state.evolve import evolve
-from folo.state.flight import landed
+from folo.state.flight import landed_or_before
 from folo.state.lifecycle import origin_of, preempt, vacate
 from folo.state.log import Log
 from folo.state.sequence import Sequence, TokenLogprobs
@@ -38,7 +38,7 @@ def rebind(state: EngineState, params: Params) -> EngineState:
             raise ParamsMismatchError(
                 f"rebind takes other weights of the same model: {name} is {theirs!r}, the state's is {mine!r}"
             )
-    state = vacate(landed(state))
+    state = vacate(landed_or_before(state))
     return evolve(state, params=params, waiting=tuple(_unscored(s) for s in state.waiting))
 
 
@@ -56,7 +56,7 @@ def reconfigure(state: EngineState, scheduler: SchedulerConfig) -> EngineState:
             already; the heap has no room for the steps that the new limits make possible (it was
             sized for the first ones; CacheConfig.reserve_blocks leaves room for more).
     """
-    state = landed(state)
+    state = landed_or_before(state)
     cache, capacity, heap = state.cache, state.pool.capacity, state.heap
     needed = capacity + margin(replace(cache, reserve_blocks=0), scheduler, state.params.device)
     if needed > heap.num_blocks:

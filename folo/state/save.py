@@ -36,7 +36,7 @@ from folo.files import beside, write_tensors
 from folo.ops.arithmetic import arithmetic
 from folo.state.document import describe, sequences_of
 from folo.state.engine import EngineState
-from folo.state.flight import landed
+from folo.state.flight import landed_or_before
 from folo.state.heap import Block, KVHeap
 from folo.state.pool import DIGEST_SIZE
 
@@ -52,7 +52,7 @@ def save(state: EngineState, path: str | os.PathLike[str]) -> None:
         RequestError: a request has a logits processor without a name (`folo.sampling.named`).
         OSError: the file cannot be written; nothing is left behind.
     """
-    state, path = landed(state), Path(path)
+    state, path = landed_or_before(state), Path(path)
     if not path.name or (path.exists() and not path.is_file()):  # a rename would replace a device, say
         raise OSError(f"{path} is no regular file: give the name of one, or a new name")
     tensors = _tensors(state)

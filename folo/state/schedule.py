@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
+
 from folo.state.batch import Batch, Scheduled, Shared
 from folo.state.engine import EngineState
 from folo.state.flight import foreseen, landed
@@ -64,6 +67,9 @@ class _Trial:
         self.settled: set[int] = set()  # id() of the sequences in the batch, and of the preempted
         self.coming: dict[bytes, Shared] = {}  # full blocks that this batch computes, by digest
         self.num_running = len(state.running)
+        self.running: dict[str, list[Sequence]] = {}  # by request, once anyone asks
+        self.places: dict[str, list[int]] = {}  # in the batch, by request: of the first `num_placed`
+        self.num_placed = 0
         self.promised = 0  # blocks set aside: what those ahead need to catch up with their tokens
 
     def lacks(self, sequence: Sequence, end: int) -> int:
@@ -212,17 +218,28 @@ class _Trial:
         if not sequence.origin.sample or sequence.num_output:
             return None
         size, shared = self.block_size, sequence.tokens.length - 1
-        siblings = [s for s in self.state.running if s.id == sequence.id and id(s) not in self.settled]
-        batch = [(n, s) for n, s in enumerate(self.scheduled) if s.sequence.id == sequence.id]
-        siblings += [s.sequence for _, s in batch]
-        for sibling in siblings:
+        running, places = self._samples(sequence.id)
+        siblings = False
+        for sibling in chain(running, (self.scheduled[number].sequence for number in places)):
+            siblings = True
             if sibling.num_computed >= shared:
                 return shared, sibling.table.blocks[: self._num_blocks(shared)]
-        for number, item in batch:
-            if item.end >= shared:
+        for number in places:
+            if self.scheduled[number].end >= shared:
                 full = range(shared // size)
                 return len(full) * size, tuple(self._made(number, n) for n in full)
         return _WAIT if siblings else None
+
+    def _samples(self, request_id: str) -> tuple[Iterator[Sequence], list[int]]:
+        """The request's running sequences that are not in the batch, and the places of those that are."""
+        if not self.running:
+            for sequence in self.state.running:
+                self.running.setdefault(sequence.id, []).append(sequence)
+        for number in range(self.num_placed, len(self.scheduled)):
+            self.places.setdefault(self.scheduled[number].sequence.id, []).append(number)
+        self.num_placed = len(self.scheduled)
+        idle = (s for s in self.running.get(request_id, ()) if id(s) not in self.settled)
+        return idle, self.places.get(request_id, [])
 
     def _made(self, donor: int, number: int) -> Block | Shared:
         """A full block of a scheduled sequence: one that it has, or one that it will have."""

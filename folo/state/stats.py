@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from folo.state.engine import EngineState
-from folo.state.flight import landed
+from folo.state.flight import landed_or_before
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Stats:
 
 def stats(state: EngineState) -> Stats:
     """Count what a state holds; O(blocks in use)."""
-    state = landed(state)
+    state = landed_or_before(state)
     size, pool, counters = state.cache.block_size, state.pool, state.counters
     tables = Counter(block.index for sequence in state.running for block in sequence.table.blocks)
     used, cached = pool.used, len(pool.idle)
