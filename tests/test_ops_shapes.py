@@ -13,6 +13,7 @@ from folo import ops
 from folo.model.params import in_groups
 from folo.ops import cpu, kv_cache
 from folo.ops.packed import Packed, pack
+from folo.ops.quantized import BITS
 
 pytestmark = pytest.mark.skipif(
     cpu.instruction_set() == cpu.REFERENCE, reason="plain torch looks at shapes itself"
@@ -63,6 +64,48 @@ def attend(
     return ops.paged_attention(random(*q), *(kv or caches()), tables_, start, ints(1, 4), 0.25)
 
 
+def quantized_linear(bits: int = 4, x: tuple[int, ...] = (ROWS, 32)) -> Tensor:
+    """By codes of one tile of 16 rows and one block of 32 columns."""
+    codes, zeros = torch.zeros(1, 1, bits, 16, dtype=torch.int32), torch.zeros(1, 1, 16, dtype=torch.uint8)
+    return torch.ops.folo.quantized_linear(random(*x), codes, zeros.half(), zeros, None, 16)
+
+
+def sample(op: str, tokens: int = 8, **changed: Tensor | int) -> Any:
+    """An op of the sampler on ROWS rows, with some of its arguments changed."""
+    ids, values = torch.zeros(ROWS, dtype=torch.int64), torch.ones(ROWS)
+    history = {"history": ids, "history_start": torch.arange(ROWS + 1), "prompt_len": ids}
+    penalties = {"repetition": values, "presence": values, "frequency": values}
+    biases = {"bias_row": torch.arange(ROWS), "bias_id": ids, "bias_value": values}
+    columns: dict[str, Tensor | int] = {
+        "philox": {"seed": ids, "position": ids, "sample_index": ids, "purpose": 0},
+        "penalize": {**history, **penalties, **biases},
+        "warp": {"temperature": values, "min_p": values, "top_k": ids, "top_p": values},
+        "draw": {"greedy": ids.bool(), "u": values / 2},
+        "log_softmax": {},
+        "pick_logprobs": {"ids": ids, "k": 2},
+    }[op]
+    logits = {} if op == "philox" else {"logits": random(ROWS, tokens)}
+    return getattr(ops, op)(**(logits | columns | changed))
+
+
+SHORT_IDS, SHORT_VALUES = torch.zeros(ROWS - 1, dtype=torch.int64), torch.ones(ROWS - 1)
+SHORT = {
+    "philox": {"position": SHORT_IDS, "sample_index": SHORT_IDS},
+    "penalize": {
+        **dict.fromkeys(("history", "history_start", "prompt_len", "bias_row", "bias_id"), SHORT_IDS),
+        **dict.fromkeys(("repetition", "presence", "frequency", "bias_value"), SHORT_VALUES),
+    },
+    "warp": {
+        "temperature": SHORT_VALUES,
+        "min_p": SHORT_VALUES,
+        "top_k": SHORT_IDS,
+        "top_p": SHORT_VALUES,
+    },
+    "draw": {"greedy": SHORT_IDS.bool(), "u": SHORT_VALUES},
+    "pick_logprobs": {"ids": SHORT_IDS},
+}
+
+
 WRONG: dict[str, Callable[[], Any]] = {
     "a product of nothing": lambda: packed_linear((3, 0), (20, 0)),
     "x of three dimensions": lambda: packed_linear((2, 8, 3), (20, 8)),
@@ -90,6 +133,12 @@ WRONG: dict[str, Callable[[], Any]] = {
     "tables of fewer sequences": lambda: attend(tables=(1, 1)),
     "starts of fewer sequences": lambda: attend(start=ints(0, ROWS)),
     "starts beyond the queries": lambda: attend(start=ints(0, 1, ROWS + 1)),
+    "codes of 3 bits": lambda: quantized_linear(3),
+    "codes of 16 bits": lambda: quantized_linear(16),
+    "quantised, x of three dimensions": lambda: quantized_linear(x=(2, 32, 3)),
+    "more likeliest tokens than tokens": lambda: sample("pick_logprobs", k=9),
+    "fewer likeliest tokens than none": lambda: sample("pick_logprobs", k=-1),
+    "logits of three dimensions": lambda: sample("log_softmax", logits=random(2, 8, 3)),
 }
 
 
@@ -99,7 +148,16 @@ def test_what_does_not_fit_is_refused(case: str) -> None:
         WRONG[case]()
 
 
+@pytest.mark.parametrize(("op", "column"), [(op, column) for op in SHORT for column in SHORT[op]])
+def test_columns_shorter_than_the_rows_are_refused(op: str, column: str) -> None:
+    with pytest.raises(RuntimeError):
+        sample(op, **{column: SHORT[op][column]})
+
+
 def test_what_fits_is_not() -> None:
+    assert all(quantized_linear(bits).shape == (ROWS, 16) for bits in BITS)
+    assert all(sample(op) is not None for op in (*SHORT, "log_softmax"))
+    assert sample("pick_logprobs", k=8)[2].shape == (ROWS, 8)
     assert packed_linear((3, 8), (20, 8), random(20)).shape == (3, 20)
     assert write(norms=(random(HEAD_DIM), random(HEAD_DIM))).shape == (ROWS, HEADS, HEAD_DIM)
     assert attend().shape == (ROWS, HEADS, HEAD_DIM)

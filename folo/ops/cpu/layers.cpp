@@ -85,15 +85,17 @@ Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scal
                   codes.scalar_type() == at::kInt && scales.scalar_type() == at::kHalf &&
                   zeros.scalar_type() == at::kByte && (!places || places->scalar_type() == at::kLong),
               "a quantised weight has other dtypes, and its parts are contiguous");
-  TORCH_CHECK(codes.size(0) == tiles && codes.size(3) == 16 && scales.sizes() == zeros.sizes() &&
+  TORCH_CHECK(rows.dim() == 2 && codes.size(0) == tiles && codes.size(3) == 16 && scales.sizes() == zeros.sizes() &&
                   scales.size(0) == tiles && scales.size(2) == 16 && (blocks + span - 1) / span == spans &&
                   (places ? places->size(0) == 32 * blocks : k <= 32 * blocks && 32 * blocks < k + 32),
               "a quantised weight of ", codes.sizes(), " does not fit x ", x.sizes(), " and ", n, " outputs");
+  const int64_t bits = codes.size(2);
+  TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "a quantised weight has 2, 4 or 8 bits, not ", bits);
   Tensor out = out_of(rows, n, wide);
   kernels->quantized({dtype_of(x), rows.const_data_ptr(), codes.const_data_ptr<int32_t>(),
                       static_cast<const fp16*>(scales.const_data_ptr()), zeros.const_data_ptr<uint8_t>(),
                       places ? places->const_data_ptr<int64_t>() : nullptr, data(biases), out.data_ptr(),
-                      rows.size(0), n, k, codes.size(2), blocks, span, wide});
+                      rows.size(0), n, k, bits, blocks, span, wide});
   return out;
 }
 

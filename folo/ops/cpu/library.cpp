@@ -73,19 +73,25 @@ std::string in_use() { return kernels ? kernels->name : kReference; }
 
 bool floats(const Tensor& logits) { return kernels && logits.scalar_type() == at::kFloat; }
 
+Tensor rows_of(const Tensor& logits) {
+  TORCH_CHECK(logits.dim() == 2, "folo's sampler takes logits of rows and tokens, got ", logits.sizes());
+  return logits.contiguous();
+}
+
 template <typename T>
-const T* column(const Tensor& x) {
-  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == c10::CppTypeToScalarType<T>::value,
-              "folo's sampler takes contiguous columns of ", c10::CppTypeToScalarType<T>::value, ", got ",
-              x.scalar_type());
+const T* column(const Tensor& x, int64_t length) {
+  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == c10::CppTypeToScalarType<T>::value && x.numel() == length,
+              "folo's sampler takes a contiguous column of ", length, " ", c10::CppTypeToScalarType<T>::value,
+              " here, got ", x.scalar_type(), " of ", x.sizes());
   return x.const_data_ptr<T>();
 }
 
 Tensor philox(const Tensor& seed, const Tensor& position, const Tensor& sample_index, int64_t purpose) {
   if (!kernels) return reference<Tensor>("folo_reference::philox", seed, position, sample_index, purpose);
+  const int64_t r = seed.numel();
   Tensor out = at::empty(seed.sizes(), seed.options().dtype(at::kFloat));
-  kernels->philox({column<int64_t>(seed), column<int64_t>(position), column<int64_t>(sample_index),
-                   out.data_ptr<float>(), purpose, seed.size(0)});
+  kernels->philox({column<int64_t>(seed, r), column<int64_t>(position, r), column<int64_t>(sample_index, r),
+                   out.data_ptr<float>(), purpose, r});
   return out;
 }
 
@@ -95,12 +101,15 @@ Tensor penalize(const Tensor& logits, const Tensor& history, const Tensor& histo
   if (!floats(logits))
     return reference<Tensor>("folo_reference::penalize", logits, history, history_start, prompt_len, repetition,
                              presence, frequency, bias_row, bias_id, bias_value);
-  const Tensor rows = logits.contiguous();
+  const Tensor rows = rows_of(logits);
+  const int64_t r = rows.size(0), tokens = history.numel(), biases = bias_id.numel();
+  const int64_t* starts = column<int64_t>(history_start, r + 1);
+  TORCH_CHECK(starts[r] <= tokens, "histories that end at ", starts[r], " do not fit ", tokens, " tokens");
   Tensor out = at::empty_like(rows);
-  kernels->penalize({rows.const_data_ptr<float>(), column<int64_t>(history), column<int64_t>(history_start),
-                     column<int64_t>(prompt_len), column<float>(repetition), column<float>(presence),
-                     column<float>(frequency), column<int64_t>(bias_row), column<int64_t>(bias_id),
-                     column<float>(bias_value), out.data_ptr<float>(), rows.size(0), rows.size(1), bias_id.size(0)});
+  kernels->penalize({rows.const_data_ptr<float>(), column<int64_t>(history, tokens), starts,
+                     column<int64_t>(prompt_len, r), column<float>(repetition, r), column<float>(presence, r),
+                     column<float>(frequency, r), column<int64_t>(bias_row, biases), column<int64_t>(bias_id, biases),
+                     column<float>(bias_value, biases), out.data_ptr<float>(), r, rows.size(1), biases});
   return out;
 }
 
@@ -108,25 +117,27 @@ Tensor warp(const Tensor& logits, const Tensor& temperature, const Tensor& min_p
             const Tensor& top_p, bool truncate) {
   if (!floats(logits))
     return reference<Tensor>("folo_reference::warp", logits, temperature, min_p, top_k, top_p, truncate);
-  const Tensor rows = logits.contiguous();
+  const Tensor rows = rows_of(logits);
+  const int64_t r = rows.size(0);
   Tensor out = at::empty_like(rows);
-  kernels->warp({rows.const_data_ptr<float>(), column<float>(temperature), column<float>(min_p),
-                 column<int64_t>(top_k), column<float>(top_p), out.data_ptr<float>(), rows.size(0), rows.size(1)});
+  kernels->warp({rows.const_data_ptr<float>(), column<float>(temperature, r), column<float>(min_p, r),
+                 column<int64_t>(top_k, r), column<float>(top_p, r), out.data_ptr<float>(), r, rows.size(1)});
   return out;
 }
 
 Tensor draw(const Tensor& logits, const Tensor& greedy, const Tensor& u) {
   if (!floats(logits)) return reference<Tensor>("folo_reference::draw", logits, greedy, u);
-  const Tensor rows = logits.contiguous();
-  Tensor ids = at::empty({rows.size(0)}, rows.options().dtype(at::kLong));
-  kernels->draw({rows.const_data_ptr<float>(), column<bool>(greedy), column<float>(u), ids.data_ptr<int64_t>(),
-                 rows.size(0), rows.size(1)});
+  const Tensor rows = rows_of(logits);
+  const int64_t r = rows.size(0);
+  Tensor ids = at::empty({r}, rows.options().dtype(at::kLong));
+  kernels->draw({rows.const_data_ptr<float>(), column<bool>(greedy, r), column<float>(u, r), ids.data_ptr<int64_t>(),
+                 r, rows.size(1)});
   return ids;
 }
 
 Tensor log_softmax(const Tensor& logits) {
   if (!floats(logits)) return reference<Tensor>("folo_reference::log_softmax", logits);
-  const Tensor rows = logits.contiguous();
+  const Tensor rows = rows_of(logits);
   Tensor out = at::empty_like(rows);
   kernels->logprobs({rows.const_data_ptr<float>(), nullptr, out.data_ptr<float>(), nullptr, nullptr, nullptr, nullptr,
                      rows.size(0), rows.size(1), 0});
@@ -136,13 +147,13 @@ Tensor log_softmax(const Tensor& logits) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> pick_logprobs(const Tensor& logits, const Tensor& ids, int64_t k) {
   if (!floats(logits))
     return reference<std::tuple<Tensor, Tensor, Tensor, Tensor>>("folo_reference::pick_logprobs", logits, ids, k);
-  const Tensor rows = logits.contiguous();
-  const int64_t r = rows.size(0);
+  const Tensor rows = rows_of(logits);
+  const int64_t r = rows.size(0), v = rows.size(1);
+  TORCH_CHECK(0 <= k && k <= v, "there are no ", k, " likeliest of ", v, " tokens");
   Tensor logprob = at::empty({r}, rows.options()), top_logprobs = at::empty({r, k}, rows.options());
   Tensor rank = at::empty({r}, ids.options()), top_ids = at::empty({r, k}, ids.options());
-  kernels->logprobs({rows.const_data_ptr<float>(), column<int64_t>(ids), nullptr, logprob.data_ptr<float>(),
-                     rank.data_ptr<int64_t>(), top_ids.data_ptr<int64_t>(), top_logprobs.data_ptr<float>(), r,
-                     rows.size(1), k});
+  kernels->logprobs({rows.const_data_ptr<float>(), column<int64_t>(ids, r), nullptr, logprob.data_ptr<float>(),
+                     rank.data_ptr<int64_t>(), top_ids.data_ptr<int64_t>(), top_logprobs.data_ptr<float>(), r, v, k});
   return {logprob, rank, top_ids, top_logprobs};
 }
 
