@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from folo.ops import draw, log_softmax, penalize, philox, pick_logprobs, warp
+from folo.ops import draw, log_softmax, penalize, philox, pick_logprobs, sampler, warp
 from folo.ops.reduce import row_sum
 from folo.ops.sampler import NO_TOKEN
 
@@ -279,6 +279,49 @@ def test_warp_keeps_what_the_definition_keeps(seed: int) -> None:
     assert torch.equal(got[sorted(kept)], row[sorted(kept)])
 
 
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "flat": lambda x: x,
+    "steep": lambda x: 12 * x,
+    "peaked": lambda x: torch.where(x > 2.5, 6 * x, x),
+    "tied": lambda x: (4 * x).round() / 4,
+    "level": torch.zeros_like,
+    "mostly banned": lambda x: torch.where(x > 1.5, 2 * x, -INF),
+    "two parts": lambda x: torch.where(torch.arange(x.shape[1]) < x.shape[1] // 9, 8 * x, x - 30),
+    "all banned": lambda x: torch.full_like(x, -INF),
+}
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 5000, 49152, 151936])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_warp_keeps_what_a_full_sort_keeps(
+    shape: str, vocabulary: int, threads: Callable[[int], None]
+) -> None:
+    """Whether few tokens suffice to tell or all of them are looked at."""
+    filters = [
+        *[(0.0, k, p) for k in (1, 2, 50, 1000) for p in (1.0, 0.7)],
+        *[(0.0, 0, p) for p in (1e-30, 0.3, 0.9, 0.999)],
+        *[(min_p, k, p) for min_p in (0.02, 1.0) for k, p in ((0, 1.0), (0, 0.9), (3, 1.0), (50, 0.9))],
+    ]
+    min_p, top_k, top_p = (torch.tensor(column) for column in zip(*filters, strict=True))
+    rows = len(filters)
+    logits = SHAPES[shape](torch.randn(1, vocabulary, generator=generator(vocabulary))).repeat(rows, 1)
+    temperature = torch.tensor([1.0, 0.7, 0.0, 1.9])[torch.arange(rows) % 4]
+    expected = sampler.warp(logits, temperature, min_p, top_k, top_p)
+    for count in (1, 2):
+        threads(count)
+        assert torch.equal(bits(warp(logits, temperature, min_p, top_k, top_p)), bits(expected))
+
+
+def test_ties_beyond_the_bound_of_what_is_listed_are_kept() -> None:
+    """The 50th of 100,000 tokens is one of 3, of 300 and of 30,000 equal ones that lie anywhere."""
+    for ties in (3, 300, 30_000):
+        row = torch.randn(100_000, generator=generator(ties)).clamp(max=4.0)
+        order = torch.randperm(100_000, generator=generator(1))
+        row[order[:49]], row[order[49 : 49 + ties]] = 9.0, 5.0
+        kept = torch.isfinite(warp_of(row[None], 1.0, top_k=50))[0]
+        assert torch.equal(kept, row >= 5.0)
+
+
 def test_top_k_keeps_ties_and_top_p_breaks_them_by_id() -> None:
     row = torch.tensor([[1.0, 2.0, 1.0, 1.0]])
     assert warp_of(row, top_k=2).tolist() == row.tolist()
@@ -401,6 +444,16 @@ def test_a_row_that_cannot_be_drawn_from_says_so(row: list[float], greedy: bool)
 def test_warp_does_not_hide_a_broken_row(row: list[float], min_p: float, top_k: int, top_p: float) -> None:
     got = warp_of(torch.tensor([row]), 1.0, min_p, top_k, top_p)
     assert draw(got, torch.tensor([False]), torch.tensor([0.5])).item() == NO_TOKEN
+
+
+@pytest.mark.parametrize("broken", [math.nan, INF])
+@pytest.mark.parametrize("place", [0, 20_000, 49_999])
+def test_warp_does_not_hide_one_broken_logit_of_many(broken: float, place: int) -> None:
+    row = torch.randn(1, 50_000, generator=generator(9))
+    row[0, place] = broken
+    for min_p, top_k, top_p in [(0.5, 0, 1.0), (0.0, 50, 1.0), (0.0, 50, 0.5), (0.0, 0, 0.5)]:
+        got = warp_of(row, 0.7, min_p, top_k, top_p)
+        assert draw(got, torch.tensor([False]), torch.tensor([0.5])).item() == NO_TOKEN
 
 
 @pytest.mark.parametrize("vary", ["seed", "position", "sample_index"])

@@ -2,51 +2,36 @@
 //
 // Cumulative weights are sums of integers there and here, so that they have one value in any order: a token's
 // weight is exp(logit - largest logit) in fixed point with 40 bits. No row is ever sorted whole: where an order
-// is asked for, tokens go into buckets by their distance from the largest logit, and only the bucket in which
-// the answer lies is looked at closely.
+// is asked for, the likeliest tokens are listed, as few as can be told without one. Only if the answer is not among
+// them do all tokens go into buckets by their distance from the largest logit, and the bucket in which the answer
+// lies is looked at closely.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "kernels.h"
+#include "likeliest.h"
 #include "rows.h"
 #include "simd.h"
 
 namespace folo::FOLO_ISA {
 namespace {
 
-constexpr float kBanned = -std::numeric_limits<float>::infinity();
 constexpr int64_t kNoToken = -1;
-constexpr int kPart = 256;       // logits whose weights are summed before they are looked at one by one
-constexpr int kBuckets = 2048;   // that part the range in which weights are not zero
-constexpr float kPerUnit = 64;   // buckets for each unit of logits
-
-// The largest of a row; NaN if one of them is NaN.
-float top_of(const float* x, int64_t v) {
-  Float tops = all(kBanned);
-  bool nan = false;
-  for (int64_t i = 0; i < v; i += kLanes) {
-    Float value = i + kLanes <= v ? load(x + i) : load(x + i, int(v - i), kBanned);
-    tops = max(tops, value);
-    nan |= has_nan(value);
-  }
-  return nan ? std::numeric_limits<float>::quiet_NaN() : largest(tops);
-}
-
-int64_t fixed_point(float weight) { return int64_t(weight * 0x1p40f); }
-
-// exp(x - top) of up to kPart logits.
-void weights_of(const float* x, int64_t count, float top, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(out + i, exp(load(x + i) - all(top)));
-  if (i < count) store(out + i, exp(load(x + i, int(count - i), kBanned) - all(top)), int(count - i));
-}
+constexpr int kBuckets = 2048;  // that part the range in which weights are not zero
+constexpr float kPerUnit = 64;  // buckets for each unit of logits
 
 int64_t total_of(const float* weights, int64_t count) {
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += fixed_point(weights[i]);
   return total;
+}
+
+void scale_by(const float* x, int64_t count, float scale, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(x + i) / all(scale));
+  if (i < count) store(out + i, load(x + i, int(count - i)) / all(scale), int(count - i));
 }
 
 // The first token whose cumulative weight exceeds u times the total.
@@ -121,12 +106,56 @@ void truncate_p(float* x, int64_t v, float top, float top_p) {
   }
 }
 
-void warp_row(const float* logits, int64_t v, float temperature, float min_p, int64_t top_k, float top_p, float* out) {
-  const Float scale = all(temperature == 0 ? 1.0f : temperature);
-  int64_t i = 0;
-  for (; i + kLanes <= v; i += kLanes) store(out + i, load(logits + i) / scale);
-  if (i < v) store(out + i, load(logits + i, int(v - i)) / scale, int(v - i));
-  if (min_p <= 0 && (top_k <= 0 || top_k >= v) && top_p >= 1) return;
+// What `warp_row` does, if a list of the likeliest tokens suffices to tell; otherwise false.
+bool warp_listed(const float* logits, int64_t v, float scale, float min_p, int64_t top_k, float top_p, List& list,
+                 float* out) {
+  const size_t parts = list.tops.size(), n = top_k > 0 ? std::min(size_t(top_k), parts) : parts - parts / 16;
+  if (!list_tokens(logits, v, scale, min_p, n, list)) return false;
+  auto& tokens = list.tokens;
+  const bool complete = list.complete;
+  if (!complete && (top_k > 0 ? tokens.size() < size_t(top_k) : min_p > 0 || !(top_p < 1))) return false;
+  if (top_k > 0 && size_t(top_k) < tokens.size()) {
+    const auto kth = tokens.begin() + (top_k - 1);
+    std::nth_element(tokens.begin(), kth, tokens.end(), [](auto& a, auto& b) { return a.logit > b.logit; });
+    const auto below = [floor = kth->logit](const Token& token) { return token.logit < floor; };
+    tokens.erase(std::remove_if(kth, tokens.end(), below), tokens.end());
+  }
+  if (top_p < 1) {
+    int64_t listed = 0, total = 0, before = 0;
+    for (const Token& token : tokens) listed += token.weight;
+    for (int64_t at = 0; at < v && !complete && top_k <= 0; at += kPart) {
+      float values[kPart], weights[kPart];
+      const int64_t count = std::min<int64_t>(kPart, v - at);
+      scale_by(logits + at, count, scale, values);
+      weights_of(values, count, list.top, weights);
+      total += total_of(weights, count);
+    }
+    const double wanted = double(top_p) * double(std::max(total, listed));
+    if (double(listed) < wanted) return false;
+    const auto later = [](const Token& a, const Token& b) {
+      return a.logit != b.logit ? a.logit < b.logit : a.id > b.id;
+    };
+    auto end = tokens.end();  // a heap, the first in order first; behind it those that are kept
+    std::make_heap(tokens.begin(), end, later);
+    while (end != tokens.begin() && (double(before) < wanted || before == 0)) {
+      before += tokens[0].weight;
+      std::pop_heap(tokens.begin(), end--, later);
+    }
+    tokens.erase(tokens.begin(), end);
+  }
+  std::fill(out, out + v, kBanned);
+  for (const Token& token : tokens) out[token.id] = token.logit;
+  return true;
+}
+
+void warp_row(const float* logits, int64_t v, float temperature, float min_p, int64_t top_k, float top_p, List& list,
+              float* out) {
+  const float scale = temperature == 0 ? 1.0f : temperature;
+  if (top_k >= v) top_k = 0;
+  const bool filters = v > 0 && !(min_p <= 0 && top_k <= 0 && top_p >= 1);
+  if (filters && warp_listed(logits, v, scale, min_p, top_k, top_p, list, out)) return;
+  scale_by(logits, v, scale, out);
+  if (!filters) return;
   const float top = top_of(out, v);
   if (!std::isfinite(top)) return;  // `draw` refuses such a row
   if (min_p > 0) {
@@ -138,7 +167,7 @@ void warp_row(const float* logits, int64_t v, float temperature, float min_p, in
         if (weights[j] < min_p) out[at + j] = kBanned;
     }
   }
-  if (top_k > 0 && top_k < v) {
+  if (top_k > 0) {
     const float least = kth_of(out, v, top, top_k);
     for (int64_t j = 0; j < v; ++j)
       if (out[j] < least) out[j] = kBanned;
@@ -243,10 +272,14 @@ void penalize(const Penalize& a) {
 }
 
 void warp(const Warp& a) {
-#pragma omp parallel for schedule(dynamic) if (many(a.r, a.v))
-  for (int64_t row = 0; row < a.r; ++row)
-    warp_row(a.logits + row * a.v, a.v, a.temperature[row], a.min_p[row], a.top_k[row], a.top_p[row],
-             a.out + row * a.v);
+#pragma omp parallel if (many(a.r, a.v))
+  {
+    List list(a.v);
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < a.r; ++row)
+      warp_row(a.logits + row * a.v, a.v, a.temperature[row], a.min_p[row], a.top_k[row], a.top_p[row], list,
+               a.out + row * a.v);
+  }
 }
 
 void draw(const Draw& a) {
