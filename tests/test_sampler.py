@@ -497,12 +497,18 @@ def test_all_tied_tokens_come_in_the_order_of_their_ids() -> None:
     assert top_ids.tolist() == [list(range(20))] * 2
 
 
-def test_top_logprobs_agree_with_a_stable_sort() -> None:
-    logits = random_logits(1000)
-    _, _, top_ids, top_logprobs = pick_logprobs(logits, torch.zeros(ROWS, dtype=torch.int64), 50)
-    values, ids = torch.sort(log_softmax(logits), dim=-1, descending=True, stable=True)
-    assert torch.equal(top_ids, ids[:, :50])
-    assert torch.equal(top_logprobs, values[:, :50])
+@pytest.mark.parametrize("k", [0, 1, 50, 1000])
+@pytest.mark.parametrize("vocabulary", [1000, 1003, 50001])
+def test_top_logprobs_and_ranks_agree_with_a_stable_sort(vocabulary: int, k: int) -> None:
+    logits = random_logits(vocabulary)
+    chosen = torch.randint(vocabulary, (ROWS,), generator=generator(k))
+    logprob, rank, top_ids, top_logprobs = pick_logprobs(logits, chosen, k)
+    expected = log_softmax(logits)
+    values, ids = torch.sort(expected, dim=-1, descending=True, stable=True)
+    assert torch.equal(logprob, expected[torch.arange(ROWS), chosen])
+    assert torch.equal(rank, 1 + (expected > logprob[:, None]).sum(-1))
+    assert torch.equal(top_ids, ids[:, :k])
+    assert torch.equal(top_logprobs, values[:, :k])
 
 
 def test_no_top_logprobs() -> None:

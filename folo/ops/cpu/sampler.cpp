@@ -196,32 +196,39 @@ void log_softmax_row(const float* x, int64_t v, float* out) {
   for (; i < v; ++i) out[i] = x[i] - top - rest;
 }
 
-void pick_row(const Logprobs& a, int64_t row, float* logprobs) {
+// One pass over the row: its log-probabilities are written nowhere.
+void pick_row(const Logprobs& a, int64_t row) {
   const float* x = a.logits + row * a.v;
-  log_softmax_row(x, a.v, logprobs);
-  const float own = logprobs[a.ids[row]];
+  const float top = top_of(x, a.v), rest = log_sum(x, a.v, top);
+  const auto logprob = [&](int64_t i) { return x[i] - top - rest; };
+  const auto better = [&](int64_t i, int64_t j) {
+    return logprob(i) != logprob(j) ? logprob(i) > logprob(j) : i < j;
+  };
+  const float own = logprob(a.ids[row]);
   int64_t rank = 1;
-  for (int64_t i = 0; i < a.v; ++i) rank += logprobs[i] > own;
+  int64_t* best = a.top_ids + row * a.k;  // a heap, the worst of them first
+  for (int64_t i = 0; i < a.k; ++i) {
+    rank += logprob(i) > own;
+    best[i] = i;
+  }
+  std::make_heap(best, best + a.k, better);
+  float worst = a.k ? logprob(best[0]) : -kBanned;
+  for (int64_t i = a.k; i < a.v; i += kLanes) {
+    const Float value = (i + kLanes <= a.v ? load(x + i) : load(x + i, int(a.v - i), kBanned)) - all(top) - all(rest);
+    rank += __builtin_popcount(greater(value, all(own)));
+    for (unsigned lanes = greater(value, all(worst)); lanes; lanes &= lanes - 1) {
+      const int64_t id = i + __builtin_ctz(lanes);
+      if (!(logprob(id) > worst)) continue;  // one before it was
+      std::pop_heap(best, best + a.k, better);
+      best[a.k - 1] = id;
+      std::push_heap(best, best + a.k, better);
+      worst = logprob(best[0]);
+    }
+  }
+  std::sort_heap(best, best + a.k, better);
   a.logprob[row] = own;
   a.rank[row] = rank;
-  if (!a.k) return;
-  std::vector<int64_t> best(static_cast<size_t>(a.k));  // a heap, the worst of them first
-  const auto better = [&](int64_t i, int64_t j) {
-    return logprobs[i] != logprobs[j] ? logprobs[i] > logprobs[j] : i < j;
-  };
-  for (int64_t i = 0; i < a.k; ++i) best[size_t(i)] = i;
-  std::make_heap(best.begin(), best.end(), better);
-  for (int64_t i = a.k; i < a.v; ++i) {
-    if (!(logprobs[i] > logprobs[best[0]])) continue;
-    std::pop_heap(best.begin(), best.end(), better);
-    best.back() = i;
-    std::push_heap(best.begin(), best.end(), better);
-  }
-  std::sort_heap(best.begin(), best.end(), better);
-  for (int64_t i = 0; i < a.k; ++i) {
-    a.top_ids[row * a.k + i] = best[size_t(i)];
-    a.top_logprobs[row * a.k + i] = logprobs[best[size_t(i)]];
-  }
+  for (int64_t i = 0; i < a.k; ++i) a.top_logprobs[row * a.k + i] = logprob(best[i]);
 }
 
 uint32_t philox_word(uint64_t seed, uint32_t position, uint32_t sample, uint32_t purpose) {
@@ -288,16 +295,12 @@ void draw(const Draw& a) {
 }
 
 void logprobs(const Logprobs& a) {
-#pragma omp parallel if (many(a.r, a.v))
-  {
-    std::vector<float> scratch(a.ids ? size_t(a.v) : 0);
-#pragma omp for schedule(dynamic)
-    for (int64_t row = 0; row < a.r; ++row) {
-      if (a.ids) {
-        pick_row(a, row, scratch.data());
-      } else {
-        log_softmax_row(a.logits + row * a.v, a.v, a.all + row * a.v);
-      }
+#pragma omp parallel for schedule(dynamic) if (many(a.r, a.v))
+  for (int64_t row = 0; row < a.r; ++row) {
+    if (a.ids) {
+      pick_row(a, row);
+    } else {
+      log_softmax_row(a.logits + row * a.v, a.v, a.all + row * a.v);
     }
   }
 }

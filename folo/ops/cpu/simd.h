@@ -59,6 +59,7 @@ inline Float max(Float a, Float b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Float min(Float a, Float b) { return {_mm512_min_ps(a.v, b.v)}; }
 // A bit for each lane, the first the lowest; 0 if either is NaN.
 inline unsigned at_least(Float a, Float b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+inline unsigned greater(Float a, Float b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 inline bool has_nan(Float a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 inline Float round(Float a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -108,6 +109,9 @@ inline Float max(Float a, Float b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Float min(Float a, Float b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline unsigned at_least(Float a, Float b) {
   return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
+}
+inline unsigned greater(Float a, Float b) {
+  return unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)));
 }
 inline bool has_nan(Float a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0; }
 inline Float round(Float a) {
