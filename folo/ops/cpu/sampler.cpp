@@ -231,6 +231,26 @@ void pick_row(const Logprobs& a, int64_t row) {
   for (int64_t i = 0; i < a.k; ++i) a.top_logprobs[row * a.k + i] = logprob(best[i]);
 }
 
+// seen, count: of each token, 0 before and after.
+void penalize_row(const Penalize& a, int64_t row, int32_t* seen, int32_t* count) {
+  float* out = a.out + row * a.v;
+  std::copy(a.logits + row * a.v, a.logits + (row + 1) * a.v, out);
+  const int64_t begin = a.history_start[row], end = a.history_start[row + 1];
+  for (int64_t i = begin; i < end; ++i) {
+    seen[a.history[i]] = 1;
+    count[a.history[i]] += i - begin >= a.prompt_len[row];
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t token = a.history[i];
+    if (!seen[token]) continue;
+    float x = out[token];
+    x = x < 0 ? x * a.repetition[row] : x / a.repetition[row];
+    if (count[token]) x = x - a.frequency[row] * float(count[token]) - a.presence[row];
+    out[token] = x;
+    seen[token] = count[token] = 0;
+  }
+}
+
 uint32_t philox_word(uint64_t seed, uint32_t position, uint32_t sample, uint32_t purpose) {
   uint32_t c[4] = {position, sample, purpose, 0}, k[2] = {uint32_t(seed), uint32_t(seed >> 32)};
   for (int round = 0; round < 10; ++round) {
@@ -256,24 +276,11 @@ void philox(const Philox& a) {
 }
 
 void penalize(const Penalize& a) {
-  std::copy(a.logits, a.logits + a.r * a.v, a.out);
-  std::vector<int32_t> seen(static_cast<size_t>(a.v), 0), count(static_cast<size_t>(a.v), 0);
-  for (int64_t row = 0; row < a.r; ++row) {
-    float* out = a.out + row * a.v;
-    const int64_t begin = a.history_start[row], end = a.history_start[row + 1];
-    for (int64_t i = begin; i < end; ++i) {
-      seen[size_t(a.history[i])] = 1;
-      count[size_t(a.history[i])] += i - begin >= a.prompt_len[row];
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      const size_t token = size_t(a.history[i]);
-      if (!seen[token]) continue;
-      float x = out[token];
-      x = x < 0 ? x * a.repetition[row] : x / a.repetition[row];
-      if (count[token]) x = x - a.frequency[row] * float(count[token]) - a.presence[row];
-      out[token] = x;
-      seen[token] = count[token] = 0;
-    }
+#pragma omp parallel if (many(a.r, a.v))
+  {
+    std::vector<int32_t> seen(static_cast<size_t>(a.v), 0), count(static_cast<size_t>(a.v), 0);
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < a.r; ++row) penalize_row(a, row, seen.data(), count.data());
   }
   for (int64_t i = 0; i < a.num_biases; ++i) a.out[a.bias_row[i] * a.v + a.bias_id[i]] += a.bias_value[i];
 }
