@@ -6,13 +6,16 @@ torch, which nothing is compiled for.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
+from functools import cache
 
 import torch
 
 from folo.errors import ConfigError
-from folo.ops.cpu.build import BuildError, library
+from folo.ops.cpu.build import BuildError, libraries
+from folo.ops.cpu.isa import of_this_cpu
 
 REFERENCE = "reference"
 
@@ -26,24 +29,24 @@ def load() -> bool:
     wanted = os.environ.get("FOLO_CPU_ISA")
     if wanted == REFERENCE:
         return False
+    choices = of_this_cpu()
+    if wanted is not None and wanted not in choices:
+        raise ConfigError(f"FOLO_CPU_ISA={wanted!r}: this CPU has {', '.join([*choices, REFERENCE])}")
+    if not choices:
+        _warn("/proc/cpuinfo lists no AVX2")
+        return False
     try:
-        torch.ops.load_library(str(library()))
+        table = _kernels(wanted or choices[0])
     except (BuildError, OSError) as error:
         _warn(str(error))
         return False
-    choices = instruction_sets()
-    if wanted is not None and wanted not in choices:
-        raise ConfigError(f"FOLO_CPU_ISA={wanted!r}: this CPU has {', '.join(choices)}")
-    if choices[0] == REFERENCE:
-        _warn("this CPU has no AVX2")
-    use(wanted or choices[0])
+    torch.ops.folo_cpu.use(table)
     return True
 
 
 def instruction_sets() -> list[str]:
     """What the ops can run with here, the fastest first."""
-    own = torch.ops.folo_cpu.instruction_sets() if _loaded() else []
-    return [*own, REFERENCE]
+    return [*(of_this_cpu() if _loaded() else []), REFERENCE]
 
 
 def instruction_set() -> str:
@@ -57,9 +60,30 @@ def build_key() -> str:
 
 
 def use(name: str) -> None:
-    """Let the ops run with one of `instruction_sets()`. It changes bits: states of before are of no use."""
-    if name != instruction_set():
-        torch.ops.folo_cpu.use(name)
+    """Let the ops run with one of `instruction_sets()`. It changes bits: states of before are of no use.
+
+    Raises:
+        ConfigError: it is none of them, or its kernels cannot be compiled; the ops run on with what they had.
+    """
+    if name == instruction_set():
+        return
+    if name not in instruction_sets():
+        raise ConfigError(f"no instruction set {name!r}: there are {', '.join(instruction_sets())}")
+    try:
+        torch.ops.folo_cpu.use(0 if name == REFERENCE else _kernels(name))
+    except (BuildError, OSError, RuntimeError) as error:
+        raise ConfigError(f"no kernels for {name}: {error}") from error
+
+
+@cache
+def _kernels(isa: str) -> int:
+    """Where the table of an instruction set's kernels lies (table.cpp); compiled and loaded if need be."""
+    operators, kernels = libraries(isa)
+    table = ctypes.CDLL(str(kernels)).folo_kernels
+    table.restype = ctypes.c_void_p
+    if not _loaded():
+        torch.ops.load_library(str(operators))
+    return table()
 
 
 def _loaded() -> bool:

@@ -1,6 +1,7 @@
-"""The C++ kernels as a shared library: compiled once for each version of sources, flags and torch.
+"""The C++ kernels as shared libraries: compiled once for each version of sources, flags and torch.
 
-`python -m folo.ops.cpu.build` compiles them now; otherwise the first use does.
+One makes torch operators of them, and one holds those of each instruction set that was asked for.
+`python -m folo.ops.cpu.build` compiles them now, for this CPU's fastest; otherwise the first use does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from folo.ops.cpu.isa import of_this_cpu
+
 SOURCES = Path(__file__).parent
 _AVX2 = "-DFOLO_AVX2 -mavx2 -mfma -mf16c"
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprfchw"
@@ -29,22 +32,19 @@ _ISAS = {
     "amx": f"-DFOLO_AMX {_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 _OPERATORS = ("layers", "library")
-# What has nothing to gain from an instruction set is not compiled for it.
-_UNITS = {
-    "linear": ("avx2", "avx512", "avx512_bf16", "amx"),
-    "quantized": ("avx2", "avx512", "avx512_bf16", "amx"),
-    "attention": ("avx2", "avx512", "avx512_bf16", "amx"),
-    "norm": ("avx2", "avx512", "avx512_bf16"),
-    "rope": ("avx2", "avx512", "avx512_bf16"),
-    "sampler": ("avx2", "avx512"),
+_UNITS = ("linear", "quantized", "attention", "sampler", "rope", "norm")
+# What has nothing to gain from an instruction set is that of a lesser one.
+_INSTEAD = {
+    "norm": {"amx": "avx512_bf16"},
+    "rope": {"amx": "avx512_bf16"},
+    "sampler": {"amx": "avx512", "avx512_bf16": "avx512"},
 }
 # -ffp-contract=off: what a compiler fuses, it fuses here and not there. -Wno-*uninitialized: gcc 12 finds
-# its own intrinsics at fault.
+# its own intrinsics at fault. -Wno-unknown-*: clang does not know all of these.
 _COMMON = (
-    "-std=c++17 -O3 -fPIC -fopenmp -ffp-contract=off -Wall -Wextra -Werror -Wno-uninitialized "
-    "-Wno-maybe-uninitialized"
+    "-std=c++17 -O3 -fPIC -fopenmp -ffp-contract=off -Wall -Wextra -Werror "
+    "-Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized"
 )
-
 
 _SANITIZERS = "-fsanitize=address,undefined"  # under FOLO_SANITIZE=1: see `make sanitize`
 
@@ -60,8 +60,8 @@ class BuildError(Exception):
     """The kernels cannot be compiled here; the message says why."""
 
 
-def library() -> Path:
-    """The compiled library, which is compiled now if it is not there.
+def libraries(isa: str) -> tuple[Path, Path]:
+    """The operators, and an instruction set's kernels; what of them is not there yet is compiled now.
 
     Raises:
         BuildError: there is no compiler, or it fails.
@@ -69,15 +69,19 @@ def library() -> Path:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
     if compiler is None or shutil.which(compiler) is None:
         raise BuildError(f"there is no C++ compiler ({compiler or 'g++'}): install g++ or set CXX")
-    directory = _cache() / f"cpu-{_key(compiler)}"
-    path = directory / "kernels.so"
-    if not path.exists():
+    key = _key(compiler)
+    directory = _cache() / f"cpu-{key}"
+    operators, kernels = directory / "operators.so", directory / f"kernels.{isa}.so"
+    if not (operators.exists() and kernels.exists()):
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / "lock"):
-            if not path.exists():  # another process may have been faster
-                print("folo: compiling the CPU kernels (once)", file=sys.stderr)
-                _compile(compiler, path, _key(compiler))
-    return path
+            sources = {operators: _operators(key), kernels: _kernels(isa, key)}
+            missing = {path: units for path, units in sources.items() if not path.exists()}
+            if missing:  # another process may have been faster
+                which = "" if operators in missing else f" for {isa}"
+                print(f"folo: compiling the CPU kernels{which} (once)", file=sys.stderr)
+                _compile(compiler, missing)
+    return operators, kernels
 
 
 def _cache() -> Path:
@@ -86,7 +90,7 @@ def _cache() -> Path:
 
 
 def _key(compiler: str) -> str:
-    """What decides the library's bits: the sources, this file with its flags, compiler and torch."""
+    """What decides the libraries' bits: the sources, this file with its flags, compiler and torch."""
     digest = sha256(f"{torch.__version__} {_version(compiler)} {_flags()}".encode())
     for source in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"), Path(__file__)]):
         digest.update(source.name.encode() + source.read_bytes())
@@ -104,40 +108,48 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, target: Path, key: str) -> None:
-    root, flags = Path(torch.__file__).parent, _flags()
-    include = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
+def _operators(key: str) -> dict[str, list[str]]:
+    """The flags of each source of the operators."""
+    root = Path(torch.__file__).parent / "include"
+    flags = [
+        *_flags().replace("c++17", "c++20").replace("-O3", "-O1").split(),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        f"-isystem{root}",
+        f"-isystem{root / 'torch/csrc/api/include'}",
+        f'-DFOLO_BUILD_KEY="{key}"',
+    ]
+    return dict.fromkeys(_OPERATORS, flags)
+
+
+def _kernels(isa: str, key: str) -> dict[str, list[str]]:
+    """The flags of each source of an instruction set's kernels."""
+    isas = {unit: _INSTEAD.get(unit, {}).get(isa, isa) for unit in _UNITS}
+    units = {unit: [*_flags().split(), *_ISAS[name].split()] for unit, name in isas.items()}
+    namespaces = [f"-DFOLO_{unit.upper()}={name}" for unit, name in isas.items()]
+    table = [*_flags().split(), f'-DFOLO_BUILD_KEY="{key}"', f'-DFOLO_NAME="{isa}"', *namespaces]
+    return {**units, "table": table}
+
+
+def _compile(compiler: str, libraries: dict[Path, dict[str, list[str]]]) -> None:
+    """All sources of the libraries at once, those that take longest first, and then each library."""
+    root = Path(torch.__file__).parent
     # torch's own OpenMP: two of them would be two pools of threads.
     openmp = [*(root / "lib").glob("libgomp*"), *(root.parent / "torch.libs").glob("libgomp*")][:1]
-    with TemporaryDirectory(dir=target.parent) as directory:
-        commands: dict[str, list[str]] = {}
-        # The least instruction set first: of what the standard library's templates come to in several
-        # objects, the linker keeps the first, which has to run wherever the others do.
-        for isa in _ISAS:
-            for unit in (unit for unit, isas in _UNITS.items() if isa in isas):
-                out = f"{directory}/{unit}.{isa}.o"
-                commands[out] = [*flags.split(), *_ISAS[isa].split(), "-c", f"{SOURCES / unit}.cpp"]
-        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        glue = [
-            *flags.replace("c++17", "c++20").replace("-O3", "-O1").split(),
-            abi,
-            *include,
-            f'-DFOLO_BUILD_KEY="{key}"',
+    linked = ["-Wl,--as-needed", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *map(str, openmp or ["-lgomp"])]
+    sanitizers = [_SANITIZERS] if os.environ.get("FOLO_SANITIZE") else []
+    with TemporaryDirectory(dir=next(iter(libraries)).parent) as directory:
+        commands = [
+            [compiler, *flags, "-c", f"{SOURCES / unit}.cpp", "-o", f"{directory}/{unit}.o"]
+            for units in libraries.values()
+            for unit, flags in units.items()
         ]
-        operators = {f"{directory}/{unit}.o": [*glue, "-c", f"{SOURCES / unit}.cpp"] for unit in _OPERATORS}
-        commands = {**operators, **commands}  # those that take longest first
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda item: _run([compiler, *item[1], "-o", item[0]]), commands.items()))
-        partial = f"{directory}/kernels.so"
-        libraries = [
-            *([_SANITIZERS] if os.environ.get("FOLO_SANITIZE") else []),
-            f"-L{root / 'lib'}",
-            "-ltorch_cpu",
-            "-lc10",
-            *map(str, openmp or ["-lgomp"]),
-        ]
-        _run([compiler, "-shared", *commands, *libraries, "-o", partial])
-        os.replace(partial, target)
+            list(pool.map(_run, commands))
+        for path, units in libraries.items():
+            objects = [f"{directory}/{unit}.o" for unit in units]
+            partial = f"{directory}/{path.name}"
+            _run([compiler, "-shared", *sanitizers, *objects, *linked, "-o", partial])
+            os.replace(partial, path)
 
 
 def _run(command: list[str]) -> None:
@@ -147,4 +159,4 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    print(library())
+    print(*libraries(of_this_cpu()[0]), sep="\n")

@@ -1,4 +1,4 @@
-// What the sources of each instruction set offer to library.cpp and layers.cpp: plain functions on plain memory.
+// What the library of an instruction set offers to that of the operators: plain functions on plain memory.
 #pragma once
 
 #include <cstdint>
@@ -132,6 +132,23 @@ struct Logprobs {
   int64_t *rank, *top_ids;
   float* top_logprobs;
   int64_t r, v, k;
+};
+
+// What such a library hands over (table.cpp).
+struct Kernels {
+  const char* build_key;
+  const char* name;
+  void (*linear)(const Linear&);
+  void (*quantized)(const Quantized&);
+  void (*norm)(const Norm&);
+  void (*silu_mul)(const SiluMul&);
+  void (*rope)(const Rope&);
+  void (*attention)(const Attention&);
+  void (*philox)(const Philox&);
+  void (*penalize)(const Penalize&);
+  void (*warp)(const Warp&);
+  void (*draw)(const Draw&);
+  void (*logprobs)(const Logprobs&);
 };
 
 #define FOLO_DECLARE(ISA)                 \

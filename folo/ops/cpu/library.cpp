@@ -1,15 +1,8 @@
 // The choice of the instruction set, and the kernels of the sampler as torch operators.
 #include "library.h"
 
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <string>
-#include <vector>
-
-// For tests on a CPU without AMX: there where a library is preloaded that carries its instructions out.
-extern "C" [[gnu::weak]] bool folo_has_amx_tiles();
+#include <string_view>
 
 namespace folo {
 
@@ -17,59 +10,15 @@ const Kernels* kernels = nullptr;
 
 namespace {
 
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-bool has_amx() {
-  if (folo_has_amx_tiles) return has_avx512_bf16() && folo_has_amx_tiles();
-  unsigned a, b, c, d;
-  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  // The kernel hands out the registers' state on request: Linux 5.16 and newer.
-  constexpr long kRequest = 0x1023, kTileData = 18;
-  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+// `table` is the address of the Kernels of a loaded library, or 0: the reference.
+void use(int64_t table) {
+  const Kernels* wanted = reinterpret_cast<const Kernels*>(table);
+  TORCH_CHECK(!wanted || std::string_view(wanted->build_key) == FOLO_BUILD_KEY,
+              "the kernels' sources, compiler or torch have changed since folo was imported: start a new process");
+  kernels = wanted;
 }
 
-// Best first. What is the same source for two of them is compiled once.
-#define FOLO_KERNELS(NAME, ROWS, SAMPLER)                                                                   \
-  {                                                                                                        \
-    #NAME, has_##NAME, NAME::linear, NAME::quantized, ROWS::norm, ROWS::silu_mul, ROWS::rope,              \
-        NAME::attention, SAMPLER::philox, SAMPLER::penalize, SAMPLER::warp, SAMPLER::draw, SAMPLER::logprobs \
-  }
-const Kernels kKernels[] = {
-    FOLO_KERNELS(amx, avx512_bf16, avx512),
-    FOLO_KERNELS(avx512_bf16, avx512_bf16, avx512),
-    FOLO_KERNELS(avx512, avx512, avx512),
-    FOLO_KERNELS(avx2, avx2, avx2),
-};
-const char kReference[] = "reference";
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const Kernels& k : kKernels)
-    if (k.runs_here()) names.push_back(k.name);
-  return names;
-}
-
-void use(std::string name) {
-  if (name == kReference) {
-    kernels = nullptr;
-    return;
-  }
-  for (const Kernels& k : kKernels)
-    if (name == k.name && k.runs_here()) {
-      kernels = &k;
-      return;
-    }
-  TORCH_CHECK(false, "this CPU does not have the instruction set ", name);
-}
-
-std::string in_use() { return kernels ? kernels->name : kReference; }
+std::string in_use() { return kernels ? kernels->name : "reference"; }
 
 bool floats(const Tensor& logits) { return kernels && logits.scalar_type() == at::kFloat; }
 
@@ -160,8 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pick_logprobs(const Tensor& logits, c
 }  // namespace
 
 TORCH_LIBRARY(folo_cpu, m) {
-  m.def("instruction_sets() -> str[]", &instruction_sets);
-  m.def("use(str name) -> ()", &use);
+  m.def("use(int table) -> ()", &use);
   m.def("in_use() -> str", &in_use);
   m.def("build_key() -> str", [] { return std::string(FOLO_BUILD_KEY); });
 }

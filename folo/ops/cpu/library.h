@@ -14,23 +14,7 @@ namespace folo {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
-struct Kernels {
-  const char* name;
-  bool (*runs_here)();
-  void (*linear)(const Linear&);
-  void (*quantized)(const Quantized&);
-  void (*norm)(const Norm&);
-  void (*silu_mul)(const SiluMul&);
-  void (*rope)(const Rope&);
-  void (*attention)(const Attention&);
-  void (*philox)(const Philox&);
-  void (*penalize)(const Penalize&);
-  void (*warp)(const Warp&);
-  void (*draw)(const Draw&);
-  void (*logprobs)(const Logprobs&);
-};
-
-// Of the instruction set in use; null: the reference. Chosen once, on import; tests choose again.
+// Of the instruction set in use; null: the reference. Chosen on import; tests choose again.
 extern const Kernels* kernels;
 
 // An op that folo/ops/library.py registers: the reference, for one.
