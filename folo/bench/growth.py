@@ -141,7 +141,8 @@ def plot(points: list[Point], path: str) -> None:
     for label, colour, sizes, own, axes in curves:
         axes.plot(sizes, [1e3 * p.seconds for p in own], "o-", color=colour, label=label, markersize=4)
         axes.plot(sizes, [1e3 * p.bound for p in own], "--", color=colour, label="roofline")
-    for axes, name in ((left, "batch"), (right, "context")):
+    figure.suptitle("A decode step of four layers in Qwen3-0.6B's shape, bfloat16")
+    for axes, name in ((left, "sequences"), (right, "context, tokens")):
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="ms a decode step")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
