@@ -150,8 +150,9 @@ def test_what_does_not_fit_is_refused(case: str) -> None:
 
 @pytest.mark.parametrize(("op", "column"), [(op, column) for op in SHORT for column in SHORT[op]])
 def test_columns_shorter_than_the_rows_are_refused(op: str, column: str) -> None:
+    columns: dict[str, Any] = {column: SHORT[op][column]}
     with pytest.raises(RuntimeError):
-        sample(op, **{column: SHORT[op][column]})
+        sample(op, **columns)
 
 
 def test_what_fits_is_not() -> None:
