@@ -25,11 +25,11 @@ def failing_op(at: int) -> Iterator[list[str]]:
     called: list[str] = []
 
     def failing(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             called.append(name)
             if len(called) == at + 1:
                 raise FaultError(name)
-            return op(*args)
+            return op(*args, **options)
 
         return call
 
