@@ -163,7 +163,7 @@ class LLMEngine:
         request = self._request(self._unused_id(), prompt, sampling_params)
         if self.tokenizer is None or not request.sampling.detokenize:
             raise RequestError("a stream is text: it needs a tokenizer and detokenize=True")
-        if (request.sampling.best_of or request.sampling.n) > 1:
+        if request.sampling.num_samples > 1:
             raise RequestError("a stream is one continuation: it needs n=1 and best_of=None")
         submit(self.state, request)  # refuse now what would be refused at the first piece
         return self._stream(request)
@@ -314,7 +314,7 @@ class LLMEngine:
         return known
 
     def _note(self, known: Iterable[str]) -> None:
-        """The request of each token that is known from now on."""
+        """Note the time of tokens that are known from now on, given the request of each."""
         now, state = time.perf_counter(), self.state
         for id in known:
             if id in state.requests or id in state.finished:

@@ -156,6 +156,11 @@ class SamplingParams:
         self._check_together()
 
     @property
+    def num_samples(self) -> int:
+        """How many sequences are computed."""
+        return self.best_of or self.n
+
+    @property
     def penalizes(self) -> bool:
         """Whether tokens that occurred have a say in the next one."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,6 @@ from folo.model import device
 from folo.model.forward import layer_in_heap
 from folo.model.params import Params
 from folo.sampling import Context
-from folo.state.advance import advance
 from folo.state.batch import Batch, Row, RowPlan
 from folo.state.bind import Bound, bind
 from folo.state.engine import EngineState
@@ -28,7 +27,7 @@ from folo.state.evolve import evolve
 from folo.state.flight import Flight, landed
 from folo.state.layout import inputs_of
 from folo.state.sequence import Sequence
-from folo.tokens import Tokens, results_of, tokens_in_flight, tokens_of
+from folo.tokens import Tokens, results_of, tokens_of
 from folo.transfer import download, upload
 
 
@@ -41,7 +40,7 @@ def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState,
         RequestError: a request's logits allow no token, or its logits processor returned something else.
         OutOfBlocksError: states that are still held pin the blocks that the step needs.
     """
-    return _step(_eager(layer_in_heap), True, params, state, batch)
+    return _step(partial(_run, layer_in_heap), True, params, state, batch)
 
 
 Step = Callable[[Params, EngineState, Batch], tuple[EngineState, Tokens]]
@@ -72,7 +71,7 @@ def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
         return step
     layer = torch.compile(layer_in_heap, fullgraph=True, dynamic=True)
     if mode == "inductor":
-        return partial(_step, _compiled(_eager(layer)), True)
+        return partial(_step, _compiled(partial(_run, layer)), True)
     graphed = replayed(CudaGraphs(), layer)
 
     def cudagraph(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState, Tokens]:
@@ -87,7 +86,7 @@ def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
 
 def launched(layer_function: Any) -> Step:
     """`folo.step` that does not wait for its tokens; see `compile`."""
-    return partial(_step, _compiled(_eager(layer_function)), False)
+    return partial(_step, _compiled(partial(_run, layer_function)), False)
 
 
 def replayed(recorder: Recorder, layer_function: Any) -> Step:
@@ -95,30 +94,8 @@ def replayed(recorder: Recorder, layer_function: Any) -> Step:
     return partial(_step, _compiled(_graphed(Graphs(recorder, layer_function), layer_function)), False)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A batch with all that the device function reads."""
-
-    bound: Bound
-    inputs: Inputs  # on the host
-
-    @property
-    def state(self) -> EngineState:
-        return self.bound.batch.state
-
-    @property
-    def rows(self) -> RowPlan:
-        return self.bound.batch.rows
-
-    @property
-    def previous(self) -> Tensor | None:
-        """The tokens that the batch does not know yet, on the device."""
-        batch = self.bound.batch
-        return batch.origin.flight.ids if batch.foreseen and batch.origin.flight else None
-
-
-Run = Callable[[Params, Prepared], list[device.Sampled]]
-"""The device function of a prepared step: what each tile of its rows comes to."""
+Run = Callable[[Params, Bound, Inputs], list[device.Sampled]]
+"""The device function of a step, given its inputs on the host: what each tile of its rows comes to."""
 
 
 @torch.no_grad()
@@ -135,82 +112,70 @@ def _step(
         )
     # Events are recorded, and graphs captured, on the current device, which need not be that of the state.
     with torch.cuda.device_of(state.heap.k):
-        return _stepped(run, wait, params, state, batch)
+        bound, inputs = prologue(batch)
+        return epilogue(bound, run(params, bound, inputs), wait)
 
 
-def _stepped(
-    run: Run, wait: bool, params: Params, state: EngineState, batch: Batch
-) -> tuple[EngineState, Tokens]:
-    prepared = prologue(batch)
-    sampled = run(params, prepared)
-    if wait and not batch.foreseen:
-        return epilogue(prepared, sampled)
-    before, flight = batch.state, _flight_of(prepared, sampled)
-    if batch.foreseen:  # only now, with this step under way, does anyone wait for the one before
-        before = landed(state)
-        flight = flight.seen_from(before)
-    after = evolve(before, flight=flight) if flight.bound.batch.scheduled else before
-    return landed(after) if wait else after, tokens_in_flight(flight, sampled)
-
-
-def prologue(batch: Batch) -> Prepared:
+def prologue(batch: Batch) -> tuple[Bound, Inputs]:
     """The host's part before the device function. Raises OutOfBlocksError as `step` does."""
     bound = bind(batch)
-    return Prepared(bound, inputs_of(bound))
+    return bound, inputs_of(bound)
 
 
-def epilogue(prepared: Prepared, sampled: Items[device.Sampled]) -> tuple[EngineState, Tokens]:
-    """The host's part after it, given what each tile of rows came to. Raises RequestError as `step` does."""
-    results = results_of(sampled, prepared.rows)
-    return advance(prepared.state, prepared.bound, results), tokens_of(prepared.rows, results)
+def epilogue(bound: Bound, sampled: list[device.Sampled], wait: bool = True) -> tuple[EngineState, Tokens]:
+    """The host's part after it, given what each tile of rows came to: the next state, and its tokens.
 
-
-def _flight_of(prepared: Prepared, sampled: list[device.Sampled]) -> Flight:
-    bound, rows, copied = prepared.bound, prepared.rows, download(sampled)
+    wait: for the tokens; else the state holds the step in flight. Raises RequestError as `step` does.
+    """
+    batch, rows, copied = bound.batch, bound.batch.rows, download(sampled)
     # The state that it was scheduled for may hold a flight itself, which would live on in this one.
-    bound = replace(bound, batch=evolve(bound.batch, origin=bound.batch.state))
+    bound = replace(bound, batch=evolve(batch, origin=batch.state, behind=None))
     ids = torch.cat([tile.ids for tile in sampled]) if sampled else torch.empty(0, dtype=torch.int64)
-    return Flight(bound, ids, list(range(len(rows))), lambda: results_of(copied(), rows))
-
-
-def _eager(layer_function: Any) -> Run:
-    return lambda params, prepared: _run(params, prepared, prepared.inputs, layer_function)
+    flight = Flight(bound, ids, list(range(len(ids))), lambda: results_of(copied(), rows))
+    before = batch.state
+    if batch.behind is not None:  # only now, with this step under way, does anyone wait for the one before
+        before = landed(batch.origin)
+        flight = flight.seen_from(before)
+    after = evolve(before, flight=flight) if flight.bound.batch.scheduled else before
+    return landed(after) if wait else after, tokens_of(flight, sampled)
 
 
 def _graphed(graphs: Graphs, layer_function: Any) -> Run:
-    def run(params: Params, prepared: Prepared) -> list[device.Sampled]:
-        state, inputs, rows = prepared.state, prepared.inputs, prepared.rows
+    def run(params: Params, bound: Bound, inputs: Inputs) -> list[device.Sampled]:
+        batch, state = bound.batch, bound.batch.state
         widest = -(-state.max_model_len // state.cache.block_size)
-        if not prepared.bound.batch.decoding or state.attention == "reference":  # which looks at the device
-            return _run(params, prepared, bucketed(inputs, widest), layer_function)
+        if not batch.decoding or state.attention == "reference":  # which looks at the device
+            return _run(layer_function, params, bound, bucketed(inputs, widest))
         kind = kind_of(inputs, widest)
-        if any(has_processors(sequence) for sequence in rows.sequences):
+        if any(has_processors(sequence) for sequence in batch.rows.sequences):
             kind = Kind(kind.width, sampling=False)
-        output = graphs.decode(params, state, inputs, prepared.previous, kind)
+        previous = None if batch.behind is None else batch.behind.ids
+        output = graphs.decode(params, state, inputs, previous, kind)
         if not kind.sampling:
-            return _sampled(params, output, upload(inputs.rows, params.device), rows)
-        return [device.Sampled(ids, None, None, None, None) for ids in output.split(ROWS_PER_TILE)]
+            return _sampled(params, output, upload(inputs.rows, params.device), batch.rows)
+        return [device.Sampled(ids) for ids in output.split(ROWS_PER_TILE)]
 
     return run
 
 
 def _compiled(run: Run) -> Run:
-    def limited(params: Params, prepared: Prepared) -> list[device.Sampled]:
+    def limited(params: Params, bound: Bound, inputs: Inputs) -> list[device.Sampled]:
         # Sizes of 1 get graphs of their own, and models of one process share the limit. Sizes that happen
         # to be equal are not taken for one size.
         own_sizes = fx_config.patch(use_duck_shape=False)  # pyright: ignore[reportAttributeAccessIssue]
         with torch._dynamo.config.patch(recompile_limit=64), own_sizes:
-            return run(params, prepared)
+            return run(params, bound, inputs)
 
     return limited
 
 
-def _run(params: Params, prepared: Prepared, inputs: Inputs, layer_function: Any) -> list[device.Sampled]:
-    inputs, heap = upload(inputs, params.device), prepared.state.heap
-    if prepared.previous is not None:
-        device.resolve(inputs, prepared.previous)
-    hidden = device.run(params, heap.k, heap.v, inputs, prepared.state.attention, layer_function)
-    return _sampled(params, hidden, inputs.rows, prepared.rows)
+def _run(layer_function: Any, params: Params, bound: Bound, inputs: Inputs) -> list[device.Sampled]:
+    batch, state = bound.batch, bound.batch.state
+    inputs = upload(inputs, params.device)
+    if batch.behind is not None:
+        device.resolve(inputs, batch.behind.ids)
+    hidden = device.run(params, state.heap.k, state.heap.v, inputs, state.attention, layer_function)
+    return _sampled(params, hidden, inputs.rows, batch.rows)
 
 
 def _sampled(params: Params, hidden: Tensor, tiles: Items[Rows], rows: RowPlan) -> list[device.Sampled]:

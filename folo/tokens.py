@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +24,8 @@ class Tokens:
     """The tokens that a step sampled, R of them.
 
     ids int64 `[R]`; logprobs float32 `[R]`, NaN where a request did not ask, None if none did; and
-    for each the id of its request and its sample index. The tensors are on the host, or on the device
-    if the step may still be in flight (`folo.compile`).
+    for each the id of its request and its sample index. The tensors are on the device of the params,
+    where the step may still be in flight (`folo.compile`).
     """
 
     ids: Tensor
@@ -41,10 +40,10 @@ def results_of(sampled: Items[Sampled], rows: RowPlan) -> Results:
     scores: list[TokenLogprobs | None] = []
     for tile, numbers in zip(sampled, rows.tiles, strict=True):
         ids += tile.ids.tolist()
-        if tile.logprob is None or tile.rank is None or tile.top_ids is None or tile.top_logprobs is None:
+        if tile.scores is None:
             scores += [None] * len(numbers)
             continue
-        columns = [c.tolist() for c in (tile.logprob, tile.rank, tile.top_ids, tile.top_logprobs)]
+        columns = [column.tolist() for column in tile.scores]
         for n, logprob, rank, top_ids, top_logprobs in zip(numbers, *columns, strict=True):
             k = _num_logprobs(rows[n])
             score = TokenLogprobs(logprob, rank, tuple(top_ids[:k]), tuple(top_logprobs[:k]))
@@ -63,39 +62,21 @@ def _num_logprobs(row: Row) -> int:
     return params.prompt_logprobs or 0 if row.of_prompt else output_logprobs(params)
 
 
-def tokens_of(rows: RowPlan, results: Results) -> Tokens:
-    """The sampled ones among the results."""
-    at, ids, scores = rows.sampled, results.ids, results.scores
-    if len(at) < len(ids):
-        ids, scores = [ids[n] for n in at], [scores[n] for n in at]
-    logprobs = None
-    if any(scores):
-        values = [float("nan") if score is None else score.logprob for score in scores]
-        logprobs = torch.tensor(values, dtype=torch.float32)
-    whole = torch.from_numpy(np.array(ids, np.int64))  # a third of torch.tensor's time
-    return _tokens(rows, at, whole, logprobs)
-
-
-def tokens_in_flight(flight: Flight, sampled: Items[Sampled]) -> Tokens:
+def tokens_of(flight: Flight, sampled: Items[Sampled]) -> Tokens:
     """The tokens of a launched step, without waiting for them."""
     rows, ids, logprobs = flight.bound.batch.rows, flight.ids, None
     at, asked = rows.sampled, []
-    if any(tile.logprob is not None for tile in sampled):
+    if any(tile.scores is not None for tile in sampled):
         asked = [_num_logprobs(rows[n]) != NO_LOGPROBS for n in at]
     if any(asked):
         none = (torch.full(tile.ids.shape, torch.nan, device=ids.device) for tile in sampled)
         pairs = zip(sampled, none, strict=True)
-        logprobs = torch.cat([nan if tile.logprob is None else tile.logprob for tile, nan in pairs])
+        logprobs = torch.cat([nan if tile.scores is None else tile.scores[0] for tile, nan in pairs])
     if len(at) < len(ids):
         index = upload(torch.tensor([flight.places[n] for n in at], dtype=torch.int64), ids.device)
         ids, logprobs = ids[index], None if logprobs is None else logprobs[index]
     if logprobs is not None:
         logprobs = torch.where(upload(torch.tensor(asked), ids.device), logprobs, torch.nan)
-    return _tokens(rows, at, ids, logprobs)
-
-
-def _tokens(rows: RowPlan, at: list[int], ids: Tensor, logprobs: Tensor | None) -> Tokens:
-    sequences = rows.sequences
-    origins = [sequences[n].origin for n in at]
+    origins = [rows.sequences[n].origin for n in at]
     requests, samples = [origin.request.id for origin in origins], [origin.sample for origin in origins]
     return Tokens(ids, logprobs, tuple(requests), tuple(samples))

@@ -54,7 +54,7 @@ def ended(
     """The last state, the tokens of all steps, and how many were planned behind a step in flight."""
     tokens, ahead = [], 0
     while (batch := folo.schedule(state)) is not None:
-        ahead += batch.foreseen
+        ahead += batch.behind is not None
         state, new = step(params, state, batch)
         folo.check(state)
         tokens.append(new)

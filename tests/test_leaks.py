@@ -36,7 +36,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def sample(raw: torch.Tensor, processed: torch.Tensor, rows: Rows) -> device.Sampled:
         assert rows.num_logprobs == NO_LOGPROBS
         ids = numbers.choices(range(3, 300), k=len(rows.target))
-        return device.Sampled(torch.tensor(ids), None, None, None, None)
+        return device.Sampled(torch.tensor(ids))
 
     for name, function in (("run", run), ("row_logits", row_logits), ("sample", sample)):
         monkeypatch.setattr(device, name, function)

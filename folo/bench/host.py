@@ -68,15 +68,15 @@ class Host:
         t1 = time.perf_counter()
         if batch is None:
             return None
-        prepared = prologue(batch)
+        bound, _ = prologue(batch)
         t2 = time.perf_counter()
-        left, sampled = len(prepared.rows), []
+        left, sampled = len(batch.rows), []
         while left > 0:
             ids = self._random.choices(self._ids, k=min(left, ROWS_PER_TILE))
-            sampled.append(Sampled(torch.tensor(ids), None, None, None, None))
+            sampled.append(Sampled(torch.tensor(ids)))
             left -= ROWS_PER_TILE
         t3 = time.perf_counter()
-        state, _ = epilogue(prepared, sampled)
+        state, _ = epilogue(bound, sampled)
         t4 = time.perf_counter()
         for n, spent in enumerate((t1 - t0, t2 - t1, t4 - t3)):
             self.clock[n] += spent

@@ -19,13 +19,10 @@ from folo.ops.sampler import PURPOSE_DRAW
 
 @dataclass(frozen=True)
 class Sampled:
-    """ids int64 `[R]`; logprob float32 `[R]`, rank int64 `[R]`, top_* `[R, k]`, or None if no row asked."""
+    """ids int64 `[R]`, and what `folo.ops.pick_logprobs` tells of them, if any row asked."""
 
     ids: Tensor
-    logprob: Tensor | None
-    rank: Tensor | None
-    top_ids: Tensor | None
-    top_logprobs: Tensor | None
+    scores: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 pytree.register_dataclass(Sampled)
@@ -86,7 +83,7 @@ def sample(raw: Tensor, processed: Tensor, rows: Rows) -> Sampled:
     drawn = ops.draw(processed, rows.temperature == 0, u)
     ids = torch.where(rows.target >= 0, rows.target, drawn)
     if rows.num_logprobs == NO_LOGPROBS:
-        return Sampled(ids, None, None, None, None)
+        return Sampled(ids)
     scored = torch.where(rows.processed[:, None], processed, raw)
     # A row that allows no token has none to score; who asked for it is told when the ids are looked at.
-    return Sampled(ids, *ops.pick_logprobs(scored, ids.clamp(min=0), rows.num_logprobs))
+    return Sampled(ids, ops.pick_logprobs(scored, ids.clamp(min=0), rows.num_logprobs))

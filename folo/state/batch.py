@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from folo.inputs import ROWS_PER_TILE, SAMPLE
 from folo.state.engine import EngineState
 from folo.state.heap import Block
 from folo.state.sequence import Sequence
+
+if TYPE_CHECKING:
+    from folo.state.flight import Flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ class Batch:
     """A plan for one step of `origin`, and of no other. Dropping it undoes nothing: nothing was done.
 
     state: `origin`, or what it is once its step in flight has landed, or as it is foreseen before that.
+    behind: that step, if the batch does not know its tokens.
     decoding: nothing but decodes is scheduled, so every sequence computes its last token.
     """
 
@@ -98,7 +102,7 @@ class Batch:
     preempted: tuple[Sequence, ...]
     decoding: bool
     origin: EngineState
-    foreseen: bool = False
+    behind: Flight | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -6,7 +6,7 @@ import gc
 from dataclasses import dataclass
 
 from folo.errors import OutOfBlocksError
-from folo.state.batch import Batch, Scheduled
+from folo.state.batch import Batch
 from folo.state.engine import EngineState
 from folo.state.heap import Block
 from folo.state.pool import Pool
@@ -31,65 +31,44 @@ def bind(batch: Batch) -> Bound:
     Raises:
         OutOfBlocksError: states that are still held pin the blocks that the plan needs.
     """
-    binding = _Binding(batch)
-    size, tables, branches = binding.size, binding.tables, binding.pool.branches
-    for item in batch.scheduled:
-        sequence, start, end, admitted, _, _ = item
-        offset = start % size
+    size, pool = batch.state.cache.block_size, batch.state.pool
+    tables, copies = list[BlockTable](), list[tuple[Block, Block]]()
+    for victim in batch.preempted:
+        pool = pool.release(victim.table.blocks)
+    for sequence, start, end, admitted, _, reused in batch.scheduled:
+        table, offset = sequence.table, start % size
         after = offset + end - start
         if offset and after <= size and not admitted:
-            table = sequence.table
             tail = table.blocks[-1]
-            if tail.claimed == offset and not (branches.length and tail.index in branches):
+            if tail.claimed == offset and not (pool.branches.length and pool.shared(tail)):
                 # By far the most common: some slots more of a block that is the sequence's own.
                 tail.claimed = after
                 tables.append(table)
                 continue
-        tables.append(binding.table(item))
-        branches = binding.pool.branches
-    return Bound(batch, tables, binding.pool.evict(), binding.copies)
-
-
-class _Binding:
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self.size = batch.state.cache.block_size
-        self.tables: list[BlockTable] = []
-        self.copies: list[tuple[Block, Block]] = []
-        self.pool = batch.state.pool
-        for victim in batch.preempted:
-            self.pool = self.pool.release(victim.table.blocks)
-
-    def table(self, item: Scheduled) -> BlockTable:
-        size = self.size
-        table = self._reused(item) if item.admitted else item.sequence.table
-        blocks, offset = table.blocks, item.start % size
+        if admitted:
+            held = tuple(b if isinstance(b, Block) else tables[b.donor].blocks[b.number] for b in reused)
+            pool = pool.hold(held)  # prefix hits are in it still: eviction comes last
+            table = BlockTable.of(held)
+        blocks = table.blocks
         # Where a slot to be written is claimed already, histories part. What one state shares is
         # copied whether or not it is claimed yet, so that its accounting cannot depend on the heap.
-        if offset and (self.pool.shared(blocks[-1]) or blocks[-1].claimed > offset):
-            self.pool = self.pool.part(blocks)
-            copy = self._allocate()
-            self.copies.append((blocks[-1], copy))
+        if offset and (pool.shared(blocks[-1]) or blocks[-1].claimed > offset):
+            pool, copy = pool.part(blocks), _allocate(batch)
+            copies.append((blocks[-1], copy))
             table = table.first(len(blocks) - 1).extended([copy])
-        if (count := -(-item.end // size) - len(blocks)) > 0:
-            self.pool = self.pool.take(count)
-            table = table.extended([self._allocate() for _ in range(count)])
-        for number in range(item.start // size, len(table.blocks)):
-            table.blocks[number].claimed = min(size, item.end - number * size)
-        return table
+        if (count := -(-end // size) - len(blocks)) > 0:
+            pool, table = pool.take(count), table.extended([_allocate(batch) for _ in range(count)])
+        for number in range(start // size, len(table.blocks)):
+            table.blocks[number].claimed = min(size, end - number * size)
+        tables.append(table)
+    return Bound(batch, tables, pool.evict(), copies)
 
-    def _reused(self, item: Scheduled) -> BlockTable:
-        blocks = tuple(
-            b if isinstance(b, Block) else self.tables[b.donor].blocks[b.number] for b in item.reused
-        )
-        self.pool = self.pool.hold(blocks)  # prefix hits are in it still: eviction comes last
-        return BlockTable.of(blocks)
 
-    def _allocate(self) -> Block:
-        try:
-            return self.batch.state.heap.allocate()
-        except OutOfBlocksError:
-            raise _out_of_blocks(self.batch) from None
+def _allocate(batch: Batch) -> Block:
+    try:
+        return batch.state.heap.allocate()
+    except OutOfBlocksError:
+        raise _out_of_blocks(batch) from None
 
 
 def _out_of_blocks(batch: Batch) -> OutOfBlocksError:

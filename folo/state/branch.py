@@ -73,7 +73,7 @@ def fork(
         arrival = state.arrivals + number
         origin = _child_origin(state, parent.origin, child, arrival, keep, seed)
         sequence = _child(state, parent, stem, origin, tokens)
-        requests = requests.set(child, Held(origin.request, arrival, num_samples=1))
+        requests = requests.set(child, Held(origin.request, arrival))
         if sequence.num_computed and len(running) < num_free:
             running.append(sequence)
             pool = pool.hold(sequence.table.blocks)
@@ -143,7 +143,7 @@ def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
         state,
         running=queued(state, others[0], [sequence] if runs else ()),
         waiting=queued(state, others[1], () if runs else [sequence]),
-        requests=state.requests.set(id, Held(request, arrival, num_samples=1)),
+        requests=state.requests.set(id, Held(request, arrival)),
         finished=state.finished.delete(id) if ended else state.finished,
         pool=pool,
         arrivals=state.arrivals + ended,

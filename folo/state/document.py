@@ -60,7 +60,7 @@ def _request(held: Held) -> Document:
             )
     sampling["logits_processors"] = [t.name for t in params.logits_processors if isinstance(t, Named)]
     plain = {f.name: getattr(request, f.name) for f in fields(request) if f.name != "sampling"}
-    return {**plain, "sampling": sampling, "arrival": held.arrival, "num_samples": held.num_samples}
+    return {**plain, "sampling": sampling, "arrival": held.arrival}
 
 
 def _sequence(sequence: Sequence, request: int) -> Document:
@@ -145,7 +145,7 @@ def _held(entry: Document, transforms: Mapping[str, Transform]) -> Held:
     sampling["logits_processors"] = [_transform(name, entry["id"], transforms) for name in names]
     values: Document = {f.name: entry[f.name] for f in fields(Request)}
     request = Request(**{**values, "sampling": SamplingParams(**sampling)})
-    return Held(request, entry["arrival"], entry["num_samples"])
+    return Held(request, entry["arrival"])
 
 
 def _transform(name: str, id: str, transforms: Mapping[str, Transform]) -> Named:

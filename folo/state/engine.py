@@ -29,8 +29,11 @@ class Held:
 
     request: Request
     arrival: int
-    num_samples: int
     ended: tuple[Sequence, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        return self.request.sampling.num_samples
 
     @property
     def over(self) -> bool:

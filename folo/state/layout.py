@@ -14,6 +14,7 @@ from folo.inputs import ROWS_PER_TILE, SAMPLING, Inputs, Penalties, Rows, pack_s
 from folo.sampling import SamplingParams
 from folo.state.batch import Batch, Row, RowPlan, Scheduled
 from folo.state.bind import Bound
+from folo.state.flight import Flight
 from folo.state.log import gather
 
 # Sampling parameters that change nothing, for rows that only score a prompt token.
@@ -40,7 +41,7 @@ def inputs_of(bound: Bound) -> Inputs:
     tables = tables.reshape(len(scheduled), -1)
     slots = tables[number, positions // size].astype(np.int64) * size + positions % size
     wanted = bound.batch.rows.hidden
-    source = _sources(bound.batch) if bound.batch.foreseen else None
+    source = None if bound.batch.behind is None else _sources(scheduled, bound.batch.behind)
 
     return Inputs(
         token_ids=_put(_token_ids(scheduled, len(positions), source), np.int64),
@@ -70,13 +71,11 @@ def _token_ids(scheduled: Items[Scheduled], count: int, source: list[int] | None
     return [token for item in scheduled for token in item.sequence.tokens[item.start : item.end]]
 
 
-def _sources(batch: Batch) -> list[int]:
+def _sources(scheduled: Items[Scheduled], flight: Flight) -> list[int]:
     """For the token of each decode, the row of the flight that it comes from, or -1 if it is known."""
-    flight = batch.origin.flight
-    assert flight is not None, "a batch is foreseen behind a flight"
     pairs = zip(flight.bound.batch.rows.sequences, flight.places, strict=True)
     places = {sequence.key: place for sequence, place in pairs}
-    return [places.get(item.sequence.key, -1) for item in batch.scheduled]
+    return [places.get(item.sequence.key, -1) for item in scheduled]
 
 
 def _tiled(batch: Batch) -> tuple[Rows, ...]:

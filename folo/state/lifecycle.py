@@ -37,7 +37,6 @@ def submit(state: EngineState, request: Request) -> EngineState:
     params, tokens = request.sampling, Log(request.prompt_token_ids)
     seed = derive_seed(state.seed, request.id) if params.seed is None else params.seed
     digests, text = digests_of(state, request, tokens, Log()), text_before(state, request)
-    count = params.best_of or params.n
     samples = (
         Sequence(
             origin=origin_of(state, request, state.arrivals, seed, sample, stream=sample),
@@ -48,12 +47,12 @@ def submit(state: EngineState, request: Request) -> EngineState:
             scores=Log(),
             text=text,
         )
-        for sample in range(count)
+        for sample in range(params.num_samples)
     )
     return evolve(
         state,
         waiting=queued(state, state.waiting, samples),
-        requests=state.requests.set(request.id, Held(request, state.arrivals, count)),
+        requests=state.requests.set(request.id, Held(request, state.arrivals)),
         arrivals=state.arrivals + 1,
     )
 

@@ -7,7 +7,7 @@ from itertools import chain
 
 from folo.state.batch import Batch, Scheduled, Shared
 from folo.state.engine import EngineState
-from folo.state.flight import foreseen, landed
+from folo.state.flight import Flight, foreseen, landed
 from folo.state.heap import Block
 from folo.state.pool import ROOT
 from folo.state.sequence import Sequence
@@ -30,19 +30,19 @@ def schedule(state: EngineState) -> Batch | None:
         RequestError: a step in flight found no token for a request (`folo.step`).
     """
     if (ahead := foreseen(state)) is not None:
-        batch = _plan(ahead, state, foreseen=True)
+        batch = _plan(ahead, state, state.flight)
         if batch is not None and batch.decoding and not batch.preempted:
             return batch
     return _plan(landed(state), state)
 
 
-def _plan(state: EngineState, origin: EngineState, foreseen: bool = False) -> Batch | None:
+def _plan(state: EngineState, origin: EngineState, behind: Flight | None = None) -> Batch | None:
     """A batch of `state`, in which nothing is in flight, for a step of `origin`."""
     trial = _Trial(state)
-    behind = trial.decode()
+    lagging = trial.decode()
     num_decodes = len(trial.scheduled)
     trial.promised = 0
-    for sequence in behind:
+    for sequence in lagging:
         trial.promised += trial.lacks(sequence, trial.go_on(sequence))
     if not trial.preempted:
         for sequence in state.waiting:
@@ -51,7 +51,7 @@ def _plan(state: EngineState, origin: EngineState, foreseen: bool = False) -> Ba
     if not trial.scheduled:
         return None
     decoding = len(trial.scheduled) == num_decodes
-    return Batch(state, tuple(trial.scheduled), tuple(trial.preempted), decoding, origin, foreseen)
+    return Batch(state, tuple(trial.scheduled), tuple(trial.preempted), decoding, origin, behind)
 
 
 class _Trial:
@@ -78,14 +78,14 @@ class _Trial:
 
     def decode(self) -> list[Sequence]:
         """Schedule the running sequences that lack one token; returns those that lack more."""
-        behind: list[Sequence] = []
+        lagging: list[Sequence] = []
         size, settled, branches = self.block_size, self.settled, self.pool.branches
         waiting = bool(self.state.waiting)  # who waits may share a block that becomes full
         for sequence in self.state.running:
             start = sequence.num_computed
             end = start + 1
             if sequence.tokens.length > end:
-                behind.append(sequence)
+                lagging.append(sequence)
                 self.promised += self.lacks(sequence, start)
             elif (
                 start % size
@@ -101,7 +101,7 @@ class _Trial:
             else:
                 self.go_on(sequence)
                 branches = self.pool.branches
-        return behind
+        return lagging
 
     def go_on(self, sequence: Sequence) -> int:
         """Schedule the next chunk of a running sequence, preempting later ones if it takes that.
