@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
 from hypothesis import settings
+from llms import MODEL_DEFAULTS, small_llm
+from torch import Tensor
 
 import folo
+from folo import LLM, CacheConfig, EngineConfig, LLMEngine, ModelConfig, ops
 from folo.ops import cpu
 
 # They need a process of their own: tests/test_triton_interpreted.py runs them.
@@ -59,8 +63,46 @@ def reference_ops() -> Iterator[None]:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
-    """Puts the number of torch threads back."""
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch threads, and puts it back at the end."""
     before = torch.get_num_threads()
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_dir: Path) -> Any:
+    """That of `tiny`."""
+    return folo.load_tokenizer(str(tiny_dir))
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks each step copied that copied any."""
+    counts: list[int] = []
+    real = ops.copy_blocks
+
+    def counting(k: Tensor, v: Tensor, source: Tensor, target: Tensor) -> None:
+        counts.append(len(source))
+        real(k, v, source, target)
+
+    monkeypatch.setattr(ops, "copy_blocks", counting)
+    return counts
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model with a tokenizer and sampling parameters of its own."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_checkpoint(path, tokenizer=True, generation=MODEL_DEFAULTS)
+    return str(path)
+
+
+@pytest.fixture
+def llm(checkpoint: str) -> LLM:
+    return small_llm(checkpoint)
+
+
+@pytest.fixture
+def engine(checkpoint: str) -> LLMEngine:
+    return LLMEngine(EngineConfig(ModelConfig(checkpoint), CacheConfig(num_blocks=64)), use_tqdm=False)

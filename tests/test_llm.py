@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,61 +12,10 @@ import pytest
 import torch
 from checkpoints import tiny_checkpoint
 from gptq_files import gptq_checkpoint
-from torch import Tensor
+from llms import MODEL_DEFAULTS, PROMPTS, SEEDED, Failing, ids_of, small_llm, text_of, used_blocks
 
 import folo
 from folo import LLM, CacheConfig, EngineConfig, LLMEngine, ModelConfig, RequestError, SamplingParams
-from folo.sampling import Context
-
-MODEL_DEFAULTS = {"temperature": 0.5, "top_k": 7, "top_p": 0.9}
-PROMPTS = ["the cat", "the other hat in the end", "x"]
-SEEDED = SamplingParams(seed=5, max_tokens=20, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("tiny")
-    tiny_checkpoint(path, tokenizer=True, generation=MODEL_DEFAULTS)
-    return str(path)
-
-
-def small_llm(checkpoint: str, **options: Any) -> LLM:
-    return LLM(checkpoint, use_tqdm=False, **{"num_blocks": 64, **options})
-
-
-@pytest.fixture
-def llm(checkpoint: str) -> LLM:
-    return small_llm(checkpoint)
-
-
-@pytest.fixture
-def engine(checkpoint: str) -> LLMEngine:
-    return LLMEngine(EngineConfig(ModelConfig(checkpoint), CacheConfig(num_blocks=64)), use_tqdm=False)
-
-
-def text_of(output: folo.RequestOutput) -> str:
-    return output.outputs[0].text
-
-
-def ids_of(output: folo.RequestOutput) -> list[int]:
-    return output.outputs[0].token_ids
-
-
-def used_blocks(llm: LLMEngine) -> int:
-    return llm.state.pool.used
-
-
-class Failing:
-    """A logits processor that raises at its `at`-th call."""
-
-    def __init__(self, error: BaseException, at: int = 3) -> None:
-        self.error, self.calls_left = error, at
-
-    def __call__(self, logits: Tensor, context: Context) -> Tensor:
-        self.calls_left -= 1
-        if not self.calls_left:
-            raise self.error
-        return logits
 
 
 class TestGenerate:
@@ -182,102 +130,6 @@ class TestMetrics:
         assert set(output.metrics) == {"arrival"}
 
 
-class TestStream:
-    @pytest.mark.parametrize(
-        "params",
-        [
-            SEEDED,
-            SamplingParams(temperature=0, max_tokens=40),
-            replace(SEEDED, max_tokens=60, seed=1, stop=["e", "th"]),
-            replace(SEEDED, max_tokens=60, seed=2, stop="a", include_stop_str_in_output=True),
-            replace(SEEDED, max_tokens=30, seed=3, stop="e", min_tokens=25),
-        ],
-        ids=["seeded", "greedy", "stop", "stop-included", "min-tokens"],
-    )
-    def test_concatenates_to_the_text_of_generate(self, llm: LLM, params: SamplingParams) -> None:
-        pieces = list(llm.stream("the cat", params))
-        assert all(pieces)
-        assert "".join(pieces) == text_of(llm.generate("the cat", params, use_tqdm=False)[0])
-
-    def test_returns_the_output(self, llm: LLM) -> None:
-        def relay() -> Iterator[str]:
-            returned.append((yield from llm.stream("the cat", SEEDED)))
-
-        returned: list[folo.RequestOutput] = []
-        text = "".join(relay())
-        assert text_of(returned[0]) == text
-        assert returned[0].metrics["ttft"] > 0
-
-    def test_never_shows_a_part_of_a_stop_string(self, llm: LLM) -> None:
-        letters = {llm.tokenizer.convert_tokens_to_ids(letter): 1000.0 for letter in "abcd"}
-        params = replace(SEEDED, logit_bias=letters, max_tokens=200)
-        whole = text_of(llm.generate("the cat", params, use_tqdm=False)[0])
-        assert len(whole) == 200  # a letter a token: most stop strings come in parts
-        for at in range(8, 20):
-            stop = whole[at : at + 4]
-            expected, shown = whole[: whole.index(stop)], ""
-            for piece in llm.stream("the cat", replace(params, stop=[stop])):
-                shown += piece
-                assert expected.startswith(shown)
-            assert shown == expected
-
-    def test_closed_aborts_its_request_and_frees_its_blocks(self, llm: LLM) -> None:
-        stream = llm.stream("the cat", SEEDED)
-        next(stream)
-        assert used_blocks(llm) > 0
-        stream.close()
-        assert used_blocks(llm) == 0
-        assert not llm.has_unfinished_requests()
-        assert not llm.state.requests
-
-    def test_that_raises_takes_its_request_with_it(self, llm: LLM) -> None:
-        with pytest.raises(ZeroDivisionError):
-            list(llm.stream("x", replace(SEEDED, logits_processors=[Failing(ZeroDivisionError())])))
-        assert used_blocks(llm) == 0
-        assert not llm.has_unfinished_requests()
-
-    def test_never_begun_leaves_no_trace(self, llm: LLM) -> None:
-        llm.stream("the cat", SEEDED).close()
-        assert not llm.has_unfinished_requests()
-
-    def test_survives_an_interleaved_generate(self, llm: LLM) -> None:
-        long = replace(SEEDED, max_tokens=60)
-        expected = ["".join(llm.stream(prompt, long)) for prompt in PROMPTS[:2]]
-        streams = [llm.stream(prompt, long) for prompt in PROMPTS[:2]]
-        texts = [next(stream) for stream in streams]
-        for count in (3, 80):  # the second call outlives the streams' requests
-            outputs = llm.generate(PROMPTS, replace(SEEDED, max_tokens=count), use_tqdm=False)
-            assert [len(ids_of(output)) for output in outputs] == [count] * 3
-            texts = [text + next(stream, "") for text, stream in zip(texts, streams, strict=True)]
-        texts = [text + "".join(stream) for text, stream in zip(texts, streams, strict=True)]
-        assert texts == expected
-        assert not llm.has_unfinished_requests()
-
-    def test_keeps_its_output_from_step(self, llm: LLM) -> None:
-        expected = "".join(llm.stream("the cat", SEEDED))
-        stream = llm.stream("the cat", SEEDED)
-        text = next(stream)
-        llm.add_request("mine", "x", replace(SEEDED, max_tokens=30))
-        handed_out = set[str]()
-        while llm.has_unfinished_requests():
-            handed_out |= {output.request_id for output in llm.step()}
-        assert handed_out == {"mine"}
-        assert text + "".join(stream) == expected
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"n": 2}, "needs n=1"),
-            ({"best_of": 2}, "best_of=None"),
-            ({"detokenize": False}, "detokenize=True"),
-            ({"stop_token_ids": [999]}, "outside the vocabulary"),
-        ],
-    )
-    def test_refuses_when_called_not_when_read(self, llm: LLM, change: dict[str, Any], message: str) -> None:
-        with pytest.raises(RequestError, match=message):
-            llm.stream("the cat", replace(SEEDED, **change))
-
-
 class TestGenerateThatRaises:
     """It puts the engine back as it was, with what is open in it."""
 
@@ -384,107 +236,6 @@ class TestChat:
             llm.chat([{"role": "dog", "content": "wuff"}], use_tqdm=False, chat_template=template)
 
 
-class TestEngine:
-    def test_one_prompt_in_one_output_out(self, engine: LLMEngine) -> None:
-        one, many = engine.generate("the cat", SEEDED), engine.generate(["the cat", [5, 6]], SEEDED)
-        assert isinstance(one, folo.RequestOutput)
-        assert isinstance(many, list)
-        assert ids_of(many[0]) == ids_of(one)
-        assert len(many) == 2
-
-    def test_steps_hand_out_growing_outputs_and_each_end_once(self, engine: LLMEngine) -> None:
-        expected = engine.generate(PROMPTS[:2], [SEEDED, replace(SEEDED, max_tokens=4)])
-        assert isinstance(expected, list)
-        engine.add_request("a", PROMPTS[0], SEEDED)
-        seen: dict[str, list[folo.RequestOutput]] = {"a": [], "b": []}
-        for number in range(100):
-            if number == 2:
-                engine.add_request("b", PROMPTS[1], replace(SEEDED, max_tokens=4))
-            if not engine.has_unfinished_requests():
-                break
-            for output in engine.step():
-                seen[output.request_id].append(output)
-        for outputs, whole in zip(seen.values(), expected, strict=True):
-            assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
-            assert [len(ids_of(output)) for output in outputs] == list(range(1, len(outputs) + 1))
-            assert all(output.metrics["ttft"] > 0 for output in outputs)
-            assert replace(outputs[-1].outputs[0], index=0) == whole.outputs[0]
-        assert engine.step() == []
-
-    def test_samples_of_one_request_come_together(self, engine: LLMEngine) -> None:
-        engine.add_request("a", "the cat", replace(SEEDED, n=3, max_tokens=5))
-        ended = list[folo.RequestOutput]()
-        while engine.has_unfinished_requests():
-            (output,) = engine.step()
-            assert [completion.index for completion in output.outputs] == [0, 1, 2]
-            ended += [output] * output.finished
-        assert len(ended) == 1
-        assert len({tuple(completion.token_ids) for completion in ended[0].outputs}) == 3
-
-    def test_abort_ends_a_request_with_what_it_has(self, engine: LLMEngine) -> None:
-        engine.add_request("a", "the cat", SEEDED)
-        (partial,) = engine.step()
-        engine.abort_request("a")
-        assert used_blocks(engine) == 0
-        (output,) = engine.step()
-        assert output.finished
-        assert output.outputs[0].finish_reason == "abort"
-        assert ids_of(output) == ids_of(partial)
-        with pytest.raises(RequestError, match="no request 'a'"):
-            engine.abort_request("a")
-
-    def test_refuses_an_id_twice(self, engine: LLMEngine) -> None:
-        engine.add_request("a", "the cat", replace(SEEDED, max_tokens=1))
-        with pytest.raises(RequestError, match=r"'a'.*already"):
-            engine.add_request("a", "x")
-        engine.generate("x", SEEDED)
-        with pytest.raises(RequestError, match="'a' has ended"):
-            engine.add_request("a", "x")
-        (output,) = engine.step()
-        assert output.prompt == "the cat"
-        engine.add_request("a", "x")
-
-    def test_generate_stays_clear_of_ids_in_use(self, engine: LLMEngine) -> None:
-        engine.add_request("0", "the cat", replace(SEEDED, max_tokens=1))
-        engine.add_request("1", "the cat", replace(SEEDED, max_tokens=30))
-        engine.step()
-        engine.generate("x", replace(SEEDED, max_tokens=3))
-        engine.add_request("3", "the cat", replace(SEEDED, max_tokens=1))
-        outputs = engine.generate(["x", "x"], replace(SEEDED, max_tokens=3))
-        assert isinstance(outputs, list)
-        assert not {output.request_id for output in outputs} & {"0", "1", "3"}
-
-    def test_generates_beside_requests_that_have_ended_unseen(self, engine: LLMEngine) -> None:
-        engine.add_request("0", "the cat", replace(SEEDED, max_tokens=1))
-        engine.add_request("1", "the cat", replace(SEEDED, max_tokens=2))
-        engine.abort_request("0")
-        engine.abort_request("1")
-        output = engine.generate("x", SEEDED)
-        assert isinstance(output, folo.RequestOutput)
-        assert {output.request_id for output in engine.step()} == {"0", "1"}
-
-    def test_generate_stays_clear_of_the_ids_of_a_restored_state(
-        self, engine: LLMEngine, tmp_path: Path
-    ) -> None:
-        engine.add_request("0", "the cat", replace(SEEDED, max_tokens=1))
-        engine.add_request("1", "the cat", SEEDED)
-        folo.save(engine.state, tmp_path / "state")
-        other = LLMEngine(engine.config, use_tqdm=False)
-        other.state = folo.restore(other.params, tmp_path / "state", tokenizer=other.tokenizer)
-        output = other.generate("x", SEEDED)
-        assert isinstance(output, folo.RequestOutput)
-        assert output.request_id == "2"
-        assert "".join(other.stream("x", SEEDED)) == text_of(output)
-
-    def test_generate_does_not_wait_for_requests_that_someone_took_away(
-        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        before = llm.state  # another thread, say, puts back what it took before this one came
-        monkeypatch.setattr(llm, "_collect", lambda: setattr(llm, "state", before))
-        with pytest.raises(RequestError, match=r"'0' is no longer in the engine's state.*an LLM for each"):
-            llm.generate("x", SEEDED, use_tqdm=False)
-
-
 class TestConfiguration:
     def test_options_reach_their_configs(self, checkpoint: str) -> None:
         llm = small_llm(checkpoint, dtype="bfloat16", seed=3, block_size=32, num_blocks=9, max_num_seqs=2)
@@ -532,75 +283,6 @@ class TestConfiguration:
         tiny_checkpoint(tmp_path)
         llm = small_llm(str(tmp_path), tokenizer=checkpoint)
         assert llm.generate("the cat", SEEDED, use_tqdm=False)[0].prompt == "the cat"
-
-
-class TestRewinding:
-    """The engine is `state`: setting it to an older value is going back."""
-
-    def test_the_engine_goes_on_from_an_older_state(self, llm: LLM) -> None:
-        params = SamplingParams(seed=3, max_tokens=12, ignore_eos=True, detokenize=True)
-        llm.add_request("back", "the cat sat", params)
-        for _ in range(4):
-            llm.step()
-        older = llm.state
-        texts = []
-        for _ in range(2):
-            llm.state = older
-            pieces = []
-            while llm.has_unfinished_requests():
-                (output,) = llm.step()
-                pieces.append(output.outputs[0].text)
-            texts.append(pieces)
-        assert texts[0] == texts[1]
-        assert len(texts[0]) == 8
-
-    def test_logprobs_of_running_requests_show_their_tokens(self, llm: LLM) -> None:
-        llm.add_request(
-            "scored", "the cat", SamplingParams(seed=1, max_tokens=4, logprobs=2, ignore_eos=True)
-        )
-        shown = [llm.step()[0].outputs[0] for _ in range(4)]
-        final = shown[-1].logprobs
-        assert final is not None
-        for count, output in enumerate(shown, 1):
-            assert output.logprobs == final[:count]
-            for table in final[:count]:
-                assert all(s.decoded_token == llm.tokenizer.decode([t]) for t, s in table.items())
-
-    def test_an_output_is_not_lost_when_a_step_is_interrupted(
-        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        llm.add_request("short", "the cat", SamplingParams(seed=1, max_tokens=1, ignore_eos=True))
-        llm.add_request("long", "the dog", SamplingParams(seed=1, max_tokens=3, ignore_eos=True))
-
-        def interrupt(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(llm, "_output", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                llm.step()
-        seen = set()
-        while llm.has_unfinished_requests():
-            seen |= {output.request_id for output in llm.step() if output.finished}
-        assert seen == {"short", "long"}
-
-    def test_a_stream_whose_id_was_taken_leaves_the_other_request_alone(self, llm: LLM) -> None:
-        params = SamplingParams(seed=1, max_tokens=3, ignore_eos=True)
-        stream = llm.stream("the cat", params)
-        llm.add_request(str(llm._next_id - 1), "the dog", params)
-        with pytest.raises(RequestError, match="with this id is in the state already"):
-            next(stream)
-        outputs = []
-        while llm.has_unfinished_requests():
-            outputs += [output for output in llm.step() if output.finished]
-        assert [output.outputs[0].finish_reason for output in outputs] == ["length"]
-
-    def test_aborting_what_has_just_ended_is_fine(self, llm: LLM) -> None:
-        llm.add_request("over", [5, 6], SamplingParams(seed=1, max_tokens=1, ignore_eos=True))
-        llm._advance()
-        llm.abort_request("over")
-        (output,) = llm.step()
-        assert output.outputs[0].finish_reason == "length"
 
 
 class TestPromptForms:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,11 +15,6 @@ from torch import Tensor
 import folo
 from folo import ops
 from folo.sampling import Context, transforms_of
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_dir: Path) -> Any:
-    return folo.load_tokenizer(str(tiny_dir))
 
 
 def one(params: folo.Params, ids: list[int], tokenizer: Any = None, **sampling: Any) -> folo.RequestOutput:

@@ -93,11 +93,6 @@ def everything(
     return state
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_dir: Path) -> Any:
-    return folo.load_tokenizer(str(tiny_dir))
-
-
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "run.py"

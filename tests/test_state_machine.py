@@ -438,11 +438,6 @@ def cache(block_size: int, num_blocks: int, caching: bool, reserve: int) -> folo
     return folo.CacheConfig(block_size, num_blocks, reserve_blocks=reserve, enable_prefix_caching=caching)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_dir: Path) -> Any:
-    return folo.load_tokenizer(str(tiny_dir))
-
-
 @pytest.mark.no_cover
 def test_random_programs_leave_every_state_valid_and_every_output_its_own(
     tiny: folo.Params, tokenizer: Any, tmp_path: Path

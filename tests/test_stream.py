@@ -1,0 +1,109 @@
+"""Text, piece by piece: what a stream shows, and what is left of it when it is closed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from llms import PROMPTS, SEEDED, Failing, ids_of, text_of, used_blocks
+
+import folo
+from folo import LLM, RequestError, SamplingParams
+
+
+class TestStream:
+    @pytest.mark.parametrize(
+        "params",
+        [
+            SEEDED,
+            SamplingParams(temperature=0, max_tokens=40),
+            replace(SEEDED, max_tokens=60, seed=1, stop=["e", "th"]),
+            replace(SEEDED, max_tokens=60, seed=2, stop="a", include_stop_str_in_output=True),
+            replace(SEEDED, max_tokens=30, seed=3, stop="e", min_tokens=25),
+        ],
+        ids=["seeded", "greedy", "stop", "stop-included", "min-tokens"],
+    )
+    def test_concatenates_to_the_text_of_generate(self, llm: LLM, params: SamplingParams) -> None:
+        pieces = list(llm.stream("the cat", params))
+        assert all(pieces)
+        assert "".join(pieces) == text_of(llm.generate("the cat", params, use_tqdm=False)[0])
+
+    def test_returns_the_output(self, llm: LLM) -> None:
+        def relay() -> Iterator[str]:
+            returned.append((yield from llm.stream("the cat", SEEDED)))
+
+        returned: list[folo.RequestOutput] = []
+        text = "".join(relay())
+        assert text_of(returned[0]) == text
+        assert returned[0].metrics["ttft"] > 0
+
+    def test_never_shows_a_part_of_a_stop_string(self, llm: LLM) -> None:
+        letters = {llm.tokenizer.convert_tokens_to_ids(letter): 1000.0 for letter in "abcd"}
+        params = replace(SEEDED, logit_bias=letters, max_tokens=200)
+        whole = text_of(llm.generate("the cat", params, use_tqdm=False)[0])
+        assert len(whole) == 200  # a letter a token: most stop strings come in parts
+        for at in range(8, 20):
+            stop = whole[at : at + 4]
+            expected, shown = whole[: whole.index(stop)], ""
+            for piece in llm.stream("the cat", replace(params, stop=[stop])):
+                shown += piece
+                assert expected.startswith(shown)
+            assert shown == expected
+
+    def test_closed_aborts_its_request_and_frees_its_blocks(self, llm: LLM) -> None:
+        stream = llm.stream("the cat", SEEDED)
+        next(stream)
+        assert used_blocks(llm) > 0
+        stream.close()
+        assert used_blocks(llm) == 0
+        assert not llm.has_unfinished_requests()
+        assert not llm.state.requests
+
+    def test_that_raises_takes_its_request_with_it(self, llm: LLM) -> None:
+        with pytest.raises(ZeroDivisionError):
+            list(llm.stream("x", replace(SEEDED, logits_processors=[Failing(ZeroDivisionError())])))
+        assert used_blocks(llm) == 0
+        assert not llm.has_unfinished_requests()
+
+    def test_never_begun_leaves_no_trace(self, llm: LLM) -> None:
+        llm.stream("the cat", SEEDED).close()
+        assert not llm.has_unfinished_requests()
+
+    def test_survives_an_interleaved_generate(self, llm: LLM) -> None:
+        long = replace(SEEDED, max_tokens=60)
+        expected = ["".join(llm.stream(prompt, long)) for prompt in PROMPTS[:2]]
+        streams = [llm.stream(prompt, long) for prompt in PROMPTS[:2]]
+        texts = [next(stream) for stream in streams]
+        for count in (3, 80):  # the second call outlives the streams' requests
+            outputs = llm.generate(PROMPTS, replace(SEEDED, max_tokens=count), use_tqdm=False)
+            assert [len(ids_of(output)) for output in outputs] == [count] * 3
+            texts = [text + next(stream, "") for text, stream in zip(texts, streams, strict=True)]
+        texts = [text + "".join(stream) for text, stream in zip(texts, streams, strict=True)]
+        assert texts == expected
+        assert not llm.has_unfinished_requests()
+
+    def test_keeps_its_output_from_step(self, llm: LLM) -> None:
+        expected = "".join(llm.stream("the cat", SEEDED))
+        stream = llm.stream("the cat", SEEDED)
+        text = next(stream)
+        llm.add_request("mine", "x", replace(SEEDED, max_tokens=30))
+        handed_out = set[str]()
+        while llm.has_unfinished_requests():
+            handed_out |= {output.request_id for output in llm.step()}
+        assert handed_out == {"mine"}
+        assert text + "".join(stream) == expected
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"n": 2}, "needs n=1"),
+            ({"best_of": 2}, "best_of=None"),
+            ({"detokenize": False}, "detokenize=True"),
+            ({"stop_token_ids": [999]}, "outside the vocabulary"),
+        ],
+    )
+    def test_refuses_when_called_not_when_read(self, llm: LLM, change: dict[str, Any], message: str) -> None:
+        with pytest.raises(RequestError, match=message):
+            llm.stream("the cat", replace(SEEDED, **change))
