@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from folo.errors import ConfigError, RequestError
 from folo.metrics import Clock
 from folo.model.load import load
 from folo.model.tokenizer import load_tokenizer
+from folo.prompt import Prompt, encode, is_prompt, unpacked
 from folo.request import Request, RequestOutput
 from folo.sampling import SamplingParams
 from folo.state.engine import EngineState, init
@@ -29,10 +29,6 @@ from folo.state.schedule import schedule
 from folo.state.sequence import Sequence as Continuation
 from folo.step import compile, step
 from folo.texts import Texts
-
-# Text, token ids (a one-dimensional tensor too), or vLLM's {"prompt": ...} or
-# {"prompt_token_ids": ...}.
-Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class LLMEngine:
@@ -170,16 +166,7 @@ class LLMEngine:
 
     def encode(self, prompt: Prompt) -> Sequence[int]:
         """Token ids of a prompt; ids pass through. Raises RequestError for text without a tokenizer."""
-        prompt = _unpacked(prompt) if isinstance(prompt, Mapping) else prompt
-        if not isinstance(prompt, str):
-            return prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
-        if self.tokenizer is None:
-            raise RequestError(
-                "a text prompt needs a tokenizer; give token ids, or skip_tokenizer_init=False"
-            )
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise RequestError(f"the prompt {prompt[:40]!r} holds a lone surrogate: it is no text")
-        return self.tokenizer(prompt, verbose=False)["input_ids"]  # what is too long, `submit` refuses
+        return encode(self.tokenizer, prompt)
 
     def _unused_id(self) -> str:
         # A state may have been set from outside, with requests that have no clock here.
@@ -193,7 +180,7 @@ class LLMEngine:
         self, id: str, prompt: Prompt, sampling: SamplingParams | None, priority: int = 0
     ) -> Request:
         sampling = self.get_default_sampling_params() if sampling is None else sampling
-        prompt = _unpacked(prompt) if isinstance(prompt, Mapping) else prompt
+        prompt = unpacked(prompt)
         text = prompt if isinstance(prompt, str) else None
         return Request(self.encode(prompt), sampling, id, priority, prompt=text)
 
@@ -347,25 +334,3 @@ class LLMEngine:
         held = self.state.held(id)
         output = output_of(self.state, held, unfinished, self._texts.text, self._texts.piece)
         return replace(output, metrics=self._clock(id).metrics(held.num_samples))
-
-
-def is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt, not several. Raises RequestError if it can be neither."""
-    if isinstance(prompts, (str, Mapping)):
-        return True
-    if isinstance(prompts, torch.Tensor) and prompts.ndim:
-        return prompts.ndim == 1
-    no_list = isinstance(prompts, (bytes, bytearray)) or not hasattr(prompts, "__getitem__")
-    if no_list or getattr(prompts, "ndim", 1) == 0 or not hasattr(prompts, "__len__"):
-        raise RequestError(f"prompts must be text, token ids, or a list of prompts, got {prompts!r}")
-    return len(prompts) > 0 and isinstance(prompts[0], Integral)
-
-
-def _unpacked(prompt: Mapping[str, Any]) -> str | Sequence[int]:
-    for key in ("prompt", "prompt_token_ids"):
-        if prompt.keys() == {key}:
-            return prompt[key]
-    raise RequestError(
-        f'a prompt is text, token ids, {{"prompt": text}} or {{"prompt_token_ids": ids}}; got the keys '
-        f"{', '.join(map(repr, prompt))}"
-    )

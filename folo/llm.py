@@ -7,8 +7,9 @@ from dataclasses import fields
 from typing import Any, cast
 
 from folo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from folo.engine import LLMEngine, Prompt, is_prompt
+from folo.engine import LLMEngine
 from folo.errors import ConfigError, RequestError
+from folo.prompt import Prompt, is_prompt
 from folo.request import RequestOutput
 from folo.sampling import SamplingParams
 
