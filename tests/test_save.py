@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,27 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(
         folo.save(folo.init(tiny, folo.CacheConfig(num_blocks=8)), saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_link_goes_on_to_point_at_what_is_saved(tiny: folo.Params, tmp_path: Path) -> None:
+    state, (link, file) = folo.init(tiny, folo.CacheConfig(num_blocks=16)), (tmp_path / "a", tmp_path / "b")
+    link.symlink_to(file.name)
+    for id in "xy":  # first, there is nothing at its end
+        folo.save(state, link)
+        assert link.is_symlink()
+        assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+        assert folo.outputs(folo.restore(tiny, file)) == folo.outputs(state)
+        state = folo.submit(state, folo.Request([5], id=id))
+
+
+def test_threads_that_save_to_one_path_leave_the_whole_file_of_one(tiny: folo.Params, tmp_path: Path) -> None:
+    path, empty = tmp_path / "run.folo", folo.init(tiny, folo.CacheConfig(num_blocks=16))
+    states = [folo.submit(empty, folo.Request([5], id=id)) for id in ("a", "b")]
+    with ThreadPoolExecutor(2) as threads:
+        for saving in [threads.submit(folo.save, state, path) for _ in range(30) for state in states]:
+            saving.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.folo"]
+    assert folo.outputs(folo.restore(tiny, path)).keys() in ({"a"}, {"b"})
 
 
 def test_a_directory_that_is_not_there_is_an_os_error(tiny: folo.Params, tmp_path: Path) -> None:

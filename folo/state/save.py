@@ -52,7 +52,7 @@ def save(state: EngineState, path: str | os.PathLike[str]) -> None:
         RequestError: a request has a logits processor without a name (`folo.sampling.named`).
         OSError: the file cannot be written; nothing is left behind.
     """
-    state, path = landed_or_before(state), Path(path)
+    state, path = landed_or_before(state), Path(os.path.realpath(path))  # a link's end is what is replaced
     if not path.name or (path.exists() and not path.is_file()):  # a rename would replace a device, say
         raise OSError(f"{path} is no regular file: give the name of one, or a new name")
     tensors = _tensors(state)
