@@ -38,7 +38,7 @@ sanitize: $(VENV)/.dev
 	FOLO_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
 	$$($(CXX) -print-file-name=libubsan.so) $(CURDIR)/build/amx_tiles.so" OMP_NUM_THREADS=2 \
 	$(BIN)/pytest -p no:faulthandler tests/test_ops_contract.py tests/test_ops_accuracy.py \
-	tests/test_sampler.py tests/test_gptq_kernels.py
+	tests/test_sampler.py tests/test_warp.py tests/test_gptq_kernels.py
 
 coverage: $(VENV)/.dev
 	$(PYTEST) --cov --cov-report=html
