@@ -20,12 +20,23 @@ def _require(ok: bool, name: str, value: Any, expected: str) -> None:
         raise ConfigError(f"{name}={value!r}: expected {expected}")
 
 
+def require_kind(name: str, value: Any, kind: type) -> None:
+    """Raises ConfigError for a value of another type."""
+    _require(isinstance(value, kind), name, value, f"a {kind.__name__}")
+
+
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _require_flags(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(isinstance(value, bool), name, value, "True or False")
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class ModelConfig:
         _require(_is_count(self.seed, 0) and self.seed < 2**64, "seed", self.seed, "an int in [0, 2**64)")
         _require(self.quantization in (None, "gptq"), "quantization", self.quantization, "None or 'gptq'")
         _require(self.compile in COMPILE_MODES, "compile", self.compile, f"one of {COMPILE_MODES}")
+        _require_flags(self, "skip_tokenizer_init", "deterministic", "trust_remote_code")
         if self.trust_remote_code:
             warnings.warn("trust_remote_code=True has no effect: folo never runs remote code", stacklevel=3)
 
@@ -102,6 +114,7 @@ class CacheConfig:
         _require(_is_finite(share) and 0 < share <= 1, "gpu_memory_utilization", share, "a share in (0, 1]")
         reserve = self.reserve_blocks
         _require(_is_count(reserve, 0), "reserve_blocks", reserve, "an int of at least 0")
+        _require_flags(self, "enable_prefix_caching")
 
 
 @dataclass(frozen=True)
@@ -149,5 +162,4 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, kind in (("model", ModelConfig), ("cache", CacheConfig), ("scheduler", SchedulerConfig)):
-            value = getattr(self, name)
-            _require(isinstance(value, kind), name, value, f"a {kind.__name__}")
+            require_kind(name, getattr(self, name), kind)

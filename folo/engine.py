@@ -107,10 +107,10 @@ class LLMEngine:
         Raises RequestError if there is no such request.
         """
         if request_id not in self._done:  # else it ended by itself, just before
-            before = self.state
+            begun, before = time.perf_counter(), self.state
             self.state = abort(before, request_id)
             if self.state.counters.steps > before.counters.steps:  # a step in flight has landed
-                self._note(before.in_flight)
+                self._note(before.in_flight, begun)
             self._collect()
 
     def has_unfinished_requests(self) -> bool:
@@ -156,12 +156,17 @@ class LLMEngine:
         Raises:
             RequestError: see `folo.submit`; more than one sample; no text to stream.
         """
-        request = self._request(self._unused_id(), prompt, sampling_params)
-        if self.tokenizer is None or not request.sampling.detokenize:
-            raise RequestError("a stream is text: it needs a tokenizer and detokenize=True")
-        if request.sampling.num_samples > 1:
-            raise RequestError("a stream is one continuation: it needs n=1 and best_of=None")
-        submit(self.state, request)  # refuse now what would be refused at the first piece
+        before = self._next_id
+        try:
+            request = self._request(self._unused_id(), prompt, sampling_params)
+            if self.tokenizer is None or not request.sampling.detokenize:
+                raise RequestError("a stream is text: it needs a tokenizer and detokenize=True")
+            if request.sampling.num_samples > 1:
+                raise RequestError("a stream is one continuation: it needs n=1 and best_of=None")
+            submit(self.state, request)  # refuse now what would be refused at the first piece
+        except BaseException:
+            self._next_id = before  # or later requests would have other ids, and other seeds
+            raise
         return self._stream(request)
 
     def encode(self, prompt: Prompt) -> Sequence[int]:
@@ -273,9 +278,9 @@ class LLMEngine:
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
         # What is kept for the way back holds no blocks: a state that did would pin the whole cache.
-        before = self.state
+        begun, before = time.perf_counter(), self.state
         self.state = landed(before)
-        self._note(before.in_flight)
+        self._note(before.in_flight, begun)
         kept = vacate(self.state), self._next_id, dict(self._clocks), dict(self._done)
         try:
             yield
@@ -293,23 +298,23 @@ class LLMEngine:
             self.state, tokens = self._step(self.params, before, batch)
             for item in batch.scheduled:
                 if item.admitted:
-                    self._clocks[item.sequence.id] = self._clock(item.sequence.id).admit(begun)
+                    self._clocks[item.sequence.id] = self._clock(item.sequence.id, begun).admit(begun)
             if self.state.flight is None:
                 known = (*known, *tokens.request_ids)
-        self._note(known)
+        self._note(known, begun)
         self._collect()
         return known
 
-    def _note(self, known: Iterable[str]) -> None:
-        """Note the time of tokens that are known from now on, given the request of each."""
+    def _note(self, known: Iterable[str], begun: float) -> None:
+        """Note the time of tokens that are known since a step that was `begun`, given the request of each."""
         now, state = time.perf_counter(), self.state
         for id in known:
             if id in state.requests or id in state.finished:
-                self._clocks[id] = self._clock(id).token(now)
+                self._clocks[id] = self._clock(id, begun).token(now)
 
-    def _clock(self, id: str) -> Clock:
+    def _clock(self, id: str, now: float | None = None) -> Clock:
         """A request's clock; a new one if `state` was set to a value that holds requests from before."""
-        return self._clocks.get(id) or Clock()
+        return self._clocks.get(id) or Clock(submitted=time.perf_counter() if now is None else now)
 
     def _collect(self) -> None:
         before = self.state

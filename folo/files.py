@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from threading import get_native_id
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -14,10 +14,10 @@ from torch import Tensor
 def beside(path: Path) -> Path:
     """Where what will be `path` is written first.
 
-    In the same directory, since a rename is atomic within one file system only; under another name for each
-    thread that writes there.
+    In the same directory, since a rename is atomic within one file system only; under a name that no other
+    process has, and no other thread, if `path` is an object of its own.
     """
-    return path.with_name(f".{path.name}.{get_native_id()}.partial")
+    return path.with_name(f".{path.name}.{os.getpid()}.{id(path)}.partial")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

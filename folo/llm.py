@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
 
-from folo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, require_kind
 from folo.engine import LLMEngine
 from folo.errors import ConfigError, RequestError
 from folo.prompt import Prompt, is_prompt
@@ -102,6 +102,7 @@ def _engine_config(
     model: str | None, config: EngineConfig | None, options: Mapping[str, Any]
 ) -> EngineConfig:
     if config is not None:
+        require_kind("engine_config", config, EngineConfig)
         if model is not None or options:
             given = [*(["model"] if model is not None else []), *options]
             raise ConfigError(f"engine_config is the whole configuration: drop {', '.join(given)}")

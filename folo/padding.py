@@ -46,7 +46,7 @@ def padded(inputs: Inputs, num_tokens: int, num_seqs: int, width: int) -> Inputs
     extra, empty = num_tokens - tokens, num_seqs - seqs
     assert extra >= 0
     assert empty >= min(extra, 1), "padding tokens are of a padding sequence"
-    starts = tokens + torch.arange(1, empty + 1, dtype=torch.int32).clamp(max=extra)
+    starts = tokens + torch.arange(1, empty + 1, dtype=torch.int32, device="cpu").clamp(max=extra)
     if empty:
         starts[-1] = num_tokens
     columns = width - inputs.block_tables.shape[1]

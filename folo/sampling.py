@@ -327,7 +327,7 @@ def _biases(
 ) -> tuple[tuple[int, float], ...]:
     """Sorted pairs: hashable and picklable, unlike a mapping; `dict` makes one of them again."""
     try:
-        pairs = dict(biases or ()).items()
+        pairs = dict(() if biases is None else biases).items()
     except (TypeError, ValueError):
         raise RequestError(f"logit_bias must map token ids to numbers, got {biases!r}") from None
     return tuple(

@@ -102,8 +102,9 @@ Run = Callable[[Params, Bound, Inputs], list[device.Sampled]]
 def _step(
     run: Run, wait: bool, params: Params, state: EngineState, batch: Batch
 ) -> tuple[EngineState, Tokens]:
-    if batch is None:
-        raise StaleBatchError("the batch is None: schedule(state) found nothing left to run")
+    if not isinstance(batch, Batch):
+        why = ": schedule(state) found nothing left to run" if batch is None else ""
+        raise StaleBatchError(f"the batch is {batch!r}, not one that schedule(state) made{why}")
     if batch.origin is not state:
         raise StaleBatchError("this batch was scheduled for another state; call schedule(state) on this one")
     if state.params is not params:
@@ -130,7 +131,11 @@ def epilogue(bound: Bound, sampled: list[device.Sampled], wait: bool = True) -> 
     batch, rows, copied = bound.batch, bound.batch.rows, download(sampled)
     # The state that it was scheduled for may hold a flight itself, which would live on in this one.
     bound = replace(bound, batch=evolve(batch, origin=batch.state, behind=None))
-    ids = torch.cat([tile.ids for tile in sampled]) if sampled else torch.empty(0, dtype=torch.int64)
+    ids = (
+        torch.cat([tile.ids for tile in sampled])
+        if sampled
+        else torch.empty(0, dtype=torch.int64, device="cpu")
+    )
     flight = Flight(bound, ids, list(range(len(ids))), lambda: results_of(copied(), rows))
     before = batch.state
     if batch.behind is not None:  # only now, with this step under way, does anyone wait for the one before

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,10 +74,10 @@ def tokens_of(flight: Flight, sampled: Items[Sampled]) -> Tokens:
         pairs = zip(sampled, none, strict=True)
         logprobs = torch.cat([nan if tile.scores is None else tile.scores[0] for tile, nan in pairs])
     if len(at) < len(ids):
-        index = upload(torch.tensor([flight.places[n] for n in at], dtype=torch.int64), ids.device)
+        index = upload(torch.from_numpy(np.array([flight.places[n] for n in at], np.int64)), ids.device)
         ids, logprobs = ids[index], None if logprobs is None else logprobs[index]
     if logprobs is not None:
-        logprobs = torch.where(upload(torch.tensor(asked), ids.device), logprobs, torch.nan)
+        logprobs = torch.where(upload(torch.from_numpy(np.array(asked)), ids.device), logprobs, torch.nan)
     origins = [rows.sequences[n].origin for n in at]
     requests, samples = [origin.request.id for origin in origins], [origin.sample for origin in origins]
     return Tokens(ids, logprobs, tuple(requests), tuple(samples))

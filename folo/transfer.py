@@ -28,7 +28,7 @@ def download(tree: T) -> Callable[[], T]:
         return lambda: tree
 
     def copied(tensor: Tensor) -> Tensor:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
 
     host = pytree.tree_map_only(Tensor, copied, tree)
@@ -69,7 +69,7 @@ class Fixed(Generic[T]):
         From page-locked memory, which the copy reads later on: torch keeps it until then.
         """
         cuda = self._buffer.is_cuda
-        host = torch.empty(self._buffer.shape, dtype=torch.uint8, pin_memory=cuda)
+        host = torch.empty(self._buffer.shape, dtype=torch.uint8, device="cpu", pin_memory=cuda)
         for tensor, place in zip(_tensors(tree), self._places, strict=True):
             host[place].view(tensor.dtype).copy_(tensor.reshape(-1))
         self._buffer.copy_(host, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,3 +181,29 @@ class TestRewinding:
         llm.abort_request("over")
         (output,) = llm.step()
         assert output.outputs[0].finish_reason == "length"
+
+
+class TestClocks:
+    """Requests that came with a state that was put in run from the first step that the engine knew them."""
+
+    def test_of_forked_requests(self, engine: LLMEngine) -> None:
+        engine.add_request("a", "the cat", replace(SEEDED, max_tokens=4))
+        engine.step()
+        engine.state = folo.fork(engine.state, "a", ["b", "c"], seeds=[3, 4])
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                self.check(output.metrics)
+
+    def test_of_a_request_with_one_token_left(self, engine: LLMEngine) -> None:
+        engine.add_request("a", "the cat", replace(SEEDED, max_tokens=2))
+        engine.step()
+        before = engine.state
+        engine.step()
+        engine.state = before
+        (output,) = engine.step()
+        assert output.finished
+        self.check(output.metrics)
+
+    def check(self, metrics: Mapping[str, float]) -> None:
+        assert metrics["throughput"] > 0
+        assert all(value >= 0 for value in metrics.values())

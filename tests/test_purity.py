@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from safetensors import safe_open
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
@@ -154,7 +155,36 @@ def test_a_compiled_step_is_not_taken_for_that_of_another_model(
             assert len(recorder.graphs) == graphs
 
 
-# --- the random state and the arguments
+# --- the random state, torch's defaults and the arguments
+
+
+def test_the_default_device_of_torch_has_no_say(tiny: folo.Params, tmp_path: Path) -> None:
+    """Params are on a CPU, wherever the caller makes new tensors: "meta" is a device that all can have."""
+    asked = folo.SamplingParams(seed=1, max_tokens=4, logprobs=1, prompt_logprobs=1, repetition_penalty=1.1)
+    request = folo.Request([5, 6, 7], asked, "a")
+
+    def outputs(path: Path) -> dict[str, folo.RequestOutput]:
+        state = folo.submit(folo.init(tiny, folo.CacheConfig(num_blocks=16)), request)
+        state = folo.submit(state, folo.Request([8] * 20, folo.SamplingParams(max_tokens=4), "b"))
+        for _ in range(3):
+            batch = folo.schedule(state)
+            assert batch is not None
+            state, _ = folo.step(tiny, state, batch)
+        folo.save(state, path)
+        state = folo.restore(tiny, path)
+        while (batch := folo.schedule(state)) is not None:
+            state, tokens = folo.step(tiny, state, batch)
+            assert tokens.ids.device.type == "cpu"
+        return folo.outputs(state)
+
+    expected = outputs(tmp_path / "a")
+    with torch.device("meta"):
+        assert outputs(tmp_path / "b") == expected
+    digests = set()
+    for name in "ab":
+        with safe_open(tmp_path / name, "pt") as file:
+            digests.add(file.metadata()["sha256"])
+    assert len(digests) == 1, "the same was saved"
 
 
 def generated(params: folo.Params) -> list[list[int]]:

@@ -176,3 +176,67 @@ def test_a_reserve_leaves_room_for_larger_limits(tiny: folo.Params) -> None:
     assert batch is not None
     assert batch.num_tokens == 180
     folo.check(finish_all(tiny, state))
+
+
+SCORED = {"max_tokens": 3, "prompt_logprobs": 0, "logprobs": 3}
+
+
+def scored(params: folo.Params, ids: list[int]) -> list[float]:
+    """The log-probabilities of the tokens from the second on, as these weights score them in a prompt."""
+    asked = folo.SamplingParams(max_tokens=1, prompt_logprobs=0)
+    state = folo.submit(folo.init(params, folo.CacheConfig(num_blocks=40)), folo.Request(ids, asked, "a"))
+    table = folo.outputs(finish_all(params, state))["a"].prompt_logprobs
+    assert table is not None
+    return [next(iter(entry.values())).logprob for entry in table if entry is not None]
+
+
+def shown(output: folo.RequestOutput) -> list[float]:
+    """The log-probabilities of an output's prompt, from the second token on, and of its own tokens."""
+    assert output.prompt_logprobs is not None
+    assert output.outputs[0].logprobs is not None
+    tokens = [*output.prompt_token_ids[1:], *output.outputs[0].token_ids]
+    tables = [entry for entry in output.prompt_logprobs if entry is not None] + output.outputs[0].logprobs
+    return [table[token].logprob for token, table in zip(tokens, tables, strict=True)]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_what_becomes_a_prompt_after_rebind_is_scored_by_the_new_weights(
+    tiny: folo.Params, other: folo.Params, running: bool
+) -> None:
+    request = folo.Request(prompt(9), sampling(1, **SCORED), "a")
+    state = folo.submit(folo.init(tiny, folo.CacheConfig(num_blocks=40)), request)
+    if running:  # two of its three tokens are there
+        for _ in range(2):
+            batch = folo.schedule(state)
+            assert batch is not None
+            state, _ = folo.step(tiny, state, batch)
+    else:
+        state = finish_all(tiny, state)
+    sampled = folo.outputs(state)["a"]
+    state = folo.rebind(state, other)
+    assert shown(folo.outputs(state)["a"]) == shown(sampled), "what was sampled keeps its logprobs"
+    forked = folo.outputs(finish_all(other, folo.fork(state, "a", ["b"], keep=9)))["b"]
+    extended = folo.outputs(finish_all(other, folo.extend(state, "a", [7, 8])))["a"]
+    for output in (forked, extended):
+        ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        assert shown(output) == scored(other, ids)
+
+
+def test_a_token_forced_after_rebind_is_scored_by_the_new_weights(
+    tiny: folo.Params, other: folo.Params
+) -> None:
+    request = folo.Request(prompt(9), sampling(1, max_tokens=5, logprobs=3), "a")
+    old = finish_all(tiny, folo.submit(folo.init(tiny, folo.CacheConfig(num_blocks=40)), request))
+    table = folo.outputs(old)["a"].outputs[0].logprobs
+    assert table is not None
+    likely, rare = list(table[2])[1], next(id for id in range(300) if id not in table[2])
+    state = folo.fork(folo.rebind(old, other), "a", ["b", "c"], keep=11, append=[[likely], [rare]])
+    for id, output in folo.outputs(finish_all(other, state)).items():
+        if id == "a":
+            continue
+        ids, tables = output.outputs[0].token_ids, output.outputs[0].logprobs
+        assert tables is not None
+        expected = scored(other, [*output.prompt_token_ids, *ids])[-len(ids) :]
+        got = [table[token].logprob for token, table in zip(ids, tables, strict=True)]
+        assert got[2:] == expected[2:]
+        assert got[:2] != expected[:2], "sampled before: by the old weights"

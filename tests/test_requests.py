@@ -9,8 +9,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from engine import finish_all, prompt, run
+from engine import finish_all, prompt, run, stepped
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import folo
 from folo import ops
@@ -91,6 +92,41 @@ def test_best_of_returns_the_likeliest_samples_first(tiny: folo.Params) -> None:
     assert [o.index for o in best] == [0, 1]
     assert best[0].cumulative_logprob == ranked[0].cumulative_logprob
     assert best[0].logprobs is None
+
+
+def test_best_of_cut_short_shows_the_sample_that_has_come_farthest(tiny: folo.Params) -> None:
+    sampling = folo.SamplingParams(best_of=2, max_tokens=8, seed=1, ignore_eos=True)
+    state = folo.init(tiny, folo.CacheConfig(num_blocks=16), folo.SchedulerConfig(max_num_seqs=1))
+    state = stepped(tiny, folo.submit(state, folo.Request(prompt(3), sampling, "a")), 4)
+    so_far = [output.token_ids for output in folo.outputs(state)["a"].outputs]
+    assert list(map(len, so_far)) == [4, 0]
+    (shown,) = folo.outputs(folo.abort(state, "a"))["a"].outputs
+    assert shown.token_ids == so_far[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logprobs": 2, "prompt_logprobs": 1},
+        {"logprobs": 2, "logprobs_mode": "processed", "top_k": 5},
+        {"best_of": 2},
+        {"repetition_penalty": 1.2, "logit_bias": {5: 1.0}, "min_tokens": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_params_of_float64_are_sampled_from_with_every_option(
+    tiny: folo.Params, options: dict[str, Any]
+) -> None:
+    """Sampling is float32 arithmetic: tokens are those of the float64 logits, rounded."""
+    wide: Any = pytree.tree_map(lambda leaf: leaf.double(), tiny)
+    output = one(wide, prompt(8), seed=3, max_tokens=6, ignore_eos=True, **options).outputs[0]
+    assert len(output.token_ids) == 6
+    if output.logprobs is not None and "top_k" not in options:
+        logits = folo.model.forward(wide, torch.tensor([*prompt(8), *output.token_ids[:-1]]))
+        expected = logits.log_softmax(1)[7:].gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        got = [table[token].logprob for token, table in zip(output.token_ids, output.logprobs, strict=True)]
+        # Within float32's rounding of logits of about 10 and of a sum over 300 tokens.
+        assert torch.allclose(torch.tensor(got, dtype=torch.float64), expected, atol=1e-5, rtol=0)
 
 
 def test_best_of_prefers_a_finished_sample_to_one_that_was_cut_short(tiny: folo.Params) -> None:
@@ -382,6 +418,14 @@ def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
         (lambda p: folo.CacheConfig(block_size=4), r"block_size=4: expected an int in \[8, 256\]"),
         (lambda p: folo.CacheConfig(num_blocks=0), "num_blocks=0"),
         (lambda p: folo.CacheConfig(kv_cache_gib=0), "kv_cache_gib=0"),
+        (lambda p: folo.CacheConfig(kv_cache_gib=True), "kv_cache_gib=True"),
+        (lambda p: folo.CacheConfig(gpu_memory_utilization=10**400), "gpu_memory_utilization=1000"),
+        (lambda p: folo.CacheConfig(enable_prefix_caching=cast("Any", "no")), "enable_prefix_caching='no'"),
+        (lambda p: folo.ModelConfig(deterministic=cast("Any", "no")), "deterministic='no'"),
+        (lambda p: folo.ModelConfig(skip_tokenizer_init=cast("Any", 1)), "skip_tokenizer_init=1"),
+        (lambda p: folo.reconfigure(folo.init(p), cast("Any", None)), "scheduler=None"),
+        (lambda p: folo.LLM(engine_config=cast("Any", "x")), "engine_config='x'"),
+        (lambda p: folo.quant.sequences(folo.load_tokenizer(), "text", 0), "length=0"),
         (lambda p: folo.CacheConfig(kv_cache_gib=math.inf), "kv_cache_gib=inf"),
         (lambda p: folo.CacheConfig(kv_cache_gib=cast("Any", "4")), "kv_cache_gib='4'"),
         (lambda p: folo.init(p, seed=-1), "seed=-1"),

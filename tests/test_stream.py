@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from llms import PROMPTS, SEEDED, Failing, ids_of, text_of, used_blocks
+from llms import PROMPTS, SEEDED, Failing, ids_of, small_llm, text_of, used_blocks
 
 import folo
 from folo import LLM, RequestError, SamplingParams
@@ -107,3 +107,12 @@ class TestStream:
     def test_refuses_when_called_not_when_read(self, llm: LLM, change: dict[str, Any], message: str) -> None:
         with pytest.raises(RequestError, match=message):
             llm.stream("the cat", replace(SEEDED, **change))
+
+    def test_that_is_refused_leaves_later_requests_their_seeds(self, checkpoint: str) -> None:
+        unseeded = SamplingParams(max_tokens=6, ignore_eos=True)
+        expected = ids_of(small_llm(checkpoint).generate("the cat", unseeded, use_tqdm=False)[0])
+        llm = small_llm(checkpoint)
+        for prompt, params in (("x", SamplingParams(n=2)), ([], unseeded), ([10**6], unseeded), (None, None)):
+            with pytest.raises(folo.FoloError):
+                llm.stream(prompt, params)  # pyright: ignore[reportArgumentType]
+        assert ids_of(llm.generate("the cat", unseeded, use_tqdm=False)[0]) == expected

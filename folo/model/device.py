@@ -58,6 +58,8 @@ def tiles_of(hidden: Tensor, tiles: Sequence[Rows]) -> list[tuple[Tensor, Rows]]
 def row_logits(params: Params, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """hidden `[R, D]` -> the model's logits of the rows and the processed ones, float32 `[R, V]` each."""
     raw = logits(params, hidden, ops)
+    if raw.dtype == torch.float64:  # of float64 params: sampling is float32 arithmetic
+        raw = raw.float()
     processed = raw
     if (p := rows.penalties) is not None:
         processed = ops.penalize(

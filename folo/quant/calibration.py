@@ -21,8 +21,11 @@ def default_text() -> str:
 def sequences(tokenizer: Any, text: str, length: int, count: int = 128) -> list[list[int]]:
     """The text's first `count` whole runs of `length` tokens; all of a shorter text is one.
 
-    Raises ConfigError if the text is empty.
+    Raises ConfigError if the text is empty, or the length or the count less than 1.
     """
+    for name, value in (("length", length), ("count", count)):
+        if value < 1:
+            raise ConfigError(f"{name}={value!r}: expected at least 1")
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     if not ids:
         raise ConfigError("the calibration text is empty")

@@ -99,12 +99,12 @@ def _predictions(
         raise ConfigError(f"window={window}: expected 2 to {limit} tokens")
     if not 1 <= stride < window:
         raise ConfigError(f"stride={stride}: expected 1 to {window - 1}, less than the window")
-    tokens = torch.tensor(ids)
+    tokens = torch.tensor(ids, device=models[0].device)
     starts = range(0, max(1, len(ids) - window + stride), stride)
     known = 1  # tokens that need not be predicted any more
     for start in tqdm(starts, desc="Evaluating", unit="window", disable=not use_tqdm):
         end = min(start + window, len(ids))
-        rows = [forward(params, tokens[start : end - 1])[known - start - 1 :] for params in models]
+        rows = [forward(params, tokens[start : end - 1])[known - start - 1 :].float() for params in models]
         for first in range(0, end - known, _ROWS):
             some = slice(first, first + _ROWS)
             yield [logits[some] for logits in rows], tokens[known:end][some]

@@ -118,7 +118,7 @@ def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
     arrival, old = state.arrivals if ended else held.arrival, before.origin
     origin = origin_of(state, request, arrival, old.seed, 0, old.stream, old.lineage)
     # Scores of what was the prompt stay; what was output becomes prompt, which the model scores alone.
-    scored = origin.scored_from < origin.num_prompt
+    scored = origin.scored_from < origin.num_prompt and not before.foreign
     scores = before.scores.first(len(before.prompt_scores)) if scored else Log[TokenLogprobs]()
     sequence = evolve(
         before,
@@ -132,6 +132,7 @@ def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
         finish_reason=None,
         stop_reason=None,
         stopped=False,
+        foreign=0,
     )
     sequence = _caught_up(state, sequence)
     pool = state.pool
@@ -199,6 +200,8 @@ def _stem(state: EngineState, parent: Sequence, keep: int) -> Sequence:
     if text is not None and not whole:
         text = detokenize.advance(state.tokenizer, text, parent.tokens[origin.num_prompt : keep])
     scores, total = parent.scores.first(max(0, keep - origin.scored_from)), parent.cumulative_logprob
+    if parent.foreign and keep <= origin.num_prompt:
+        scores = Log[TokenLogprobs]()
     if scores.length < parent.scores.length:
         total = 0.0
         for score in scores[max(0, origin.num_prompt - origin.scored_from) :]:
@@ -217,6 +220,7 @@ def _stem(state: EngineState, parent: Sequence, keep: int) -> Sequence:
         finish_reason=None,
         stop_reason=None,
         stopped=False,
+        foreign=min(parent.foreign, scores.length),
     )
 
 
@@ -237,7 +241,7 @@ def _child(
 ) -> Sequence:
     sequence = evolve(stem, origin=origin)
     if origin.scored_from < stem.origin.scored_from:
-        sequence = evolve(sequence, scores=Log[TokenLogprobs](), cumulative_logprob=0.0)
+        sequence = evolve(sequence, scores=Log[TokenLogprobs](), cumulative_logprob=0.0, foreign=0)
     if forced:
         tokens = stem.tokens.extend(forced)
         text = stem.text
@@ -259,7 +263,9 @@ def _scored(sequence: Sequence, parent: Sequence, position: int) -> Sequence:
     at, origin = position - parent.origin.scored_from, sequence.origin
     if origin.stream != parent.origin.stream and origin.request.sampling.logits_processors:
         return sequence  # they may look at the sample index
-    if sequence.unscored.start != position or not sequence.unscored or at >= parent.scores.length:
+    if sequence.unscored.start != position or not sequence.unscored:
+        return sequence
+    if not parent.foreign <= at < parent.scores.length:
         return sequence
     token, row = sequence.tokens[position], parent.scores[at]
     scores = row if parent.tokens[position] == token else row.of(token)

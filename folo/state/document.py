@@ -85,6 +85,7 @@ _PLAIN = (
     "finish_reason",
     "stop_reason",
     "stopped",
+    "foreign",
 )
 
 

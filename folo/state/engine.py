@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from folo.config import CacheConfig, SchedulerConfig
+from folo.config import CacheConfig, SchedulerConfig, require_kind
 from folo.errors import ConfigError, RequestError
 from folo.ops.attention import attention_backend
 from folo.request import Request
@@ -156,9 +156,8 @@ def init(
         raise ConfigError(f"seed={seed!r}: expected an int in [0, 2**64)")
     cache = CacheConfig() if cache is None else cache
     scheduler = SchedulerConfig() if scheduler is None else scheduler
-    for name, value, kind in (("cache", cache, CacheConfig), ("scheduler", scheduler, SchedulerConfig)):
-        if not isinstance(value, kind):
-            raise ConfigError(f"{name}={value!r}: expected a {kind.__name__}")
+    require_kind("cache", cache, CacheConfig)
+    require_kind("scheduler", scheduler, SchedulerConfig)
     config = params.config
     backend = attention_backend(
         attention, params.device, params.dtype, cache.block_size, config.head_dim, deterministic

@@ -78,10 +78,10 @@ def output_of(
     )
 
 
-def _merit(sequence: Sequence) -> tuple[bool, float, int]:
-    """What best_of sorts by. A sample that was cut short lost fewer logprobs: it comes last."""
-    cut = sequence.finish_reason == "abort" or not sequence.num_output
-    return cut, -sequence.cumulative_logprob, sequence.origin.sample
+def _merit(sequence: Sequence) -> tuple[bool, bool, float, int]:
+    """What best_of sorts by. A sample that was cut short lost fewer logprobs: it comes last, before none."""
+    cut = sequence.finish_reason == "abort"
+    return not sequence.num_output, cut, -sequence.cumulative_logprob, sequence.origin.sample
 
 
 def _completion(

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from folo.config import SchedulerConfig
+from folo.config import SchedulerConfig, require_kind
 from folo.errors import ConfigError, ParamsMismatchError
-from folo.state.engine import EngineState, longest_sequence, margin
+from folo.state.engine import EngineState, Held, longest_sequence, margin
 from folo.state.evolve import evolve
 from folo.state.flight import landed_or_before
 from folo.state.lifecycle import origin_of, preempt, vacate
 from folo.state.log import Log
+from folo.state.map import Map
 from folo.state.sequence import Sequence, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ def rebind(state: EngineState, params: Params) -> EngineState:
     """The same requests and tokens over other weights: all K and V are dropped and computed again.
 
     Tokens that were sampled keep the logprobs that they were sampled with. Prompts that are still
-    without output are scored by the new weights alone. The old state stays with the old weights.
+    without output are scored by the new weights alone, and so is what a fork or `extend` makes a prompt
+    afterwards, or forces. The old state stays with the old weights.
 
     Raises:
         ParamsMismatchError: the weights are of another architecture, dtype or device.
@@ -39,11 +41,28 @@ def rebind(state: EngineState, params: Params) -> EngineState:
                 f"rebind takes other weights of the same model: {name} is {theirs!r}, the state's is {mine!r}"
             )
     state = vacate(landed_or_before(state))
-    return evolve(state, params=params, waiting=tuple(_unscored(s) for s in state.waiting))
+    return evolve(
+        state,
+        params=params,
+        waiting=tuple(_foreign(s) if s.num_output else _unscored(s) for s in state.waiting),
+        requests=_ended_before(state.requests),
+        finished=_ended_before(state.finished),
+    )
 
 
 def _unscored(sequence: Sequence) -> Sequence:
-    return sequence if sequence.num_output else evolve(sequence, scores=Log[TokenLogprobs]())
+    return evolve(sequence, scores=Log[TokenLogprobs](), foreign=0)
+
+
+def _foreign(sequence: Sequence) -> Sequence:
+    return evolve(sequence, foreign=sequence.scores.length)
+
+
+def _ended_before(requests: Map[str, Held]) -> Map[str, Held]:
+    for id, held in requests.items():
+        if held.ended:
+            requests = requests.set(id, evolve(held, ended=tuple(map(_foreign, held.ended))))
+    return requests
 
 
 def reconfigure(state: EngineState, scheduler: SchedulerConfig) -> EngineState:
@@ -52,10 +71,11 @@ def reconfigure(state: EngineState, scheduler: SchedulerConfig) -> EngineState:
     With a lower max_num_seqs the last of the running sequences are preempted.
 
     Raises:
-        ConfigError: max_model_len is more than model or heap allow, or less than a request has
-            already; the heap has no room for the steps that the new limits make possible (it was
-            sized for the first ones; CacheConfig.reserve_blocks leaves room for more).
+        ConfigError: no SchedulerConfig; max_model_len is more than model or heap allow, or less than a
+            request has already; the heap has no room for the steps that the new limits make possible (it
+            was sized for the first ones; CacheConfig.reserve_blocks leaves room for more).
     """
+    require_kind("scheduler", scheduler, SchedulerConfig)
     state = landed_or_before(state)
     cache, capacity, heap = state.cache, state.pool.capacity, state.heap
     needed = capacity + margin(replace(cache, reserve_blocks=0), scheduler, state.params.device)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from folo.config import CacheConfig, SchedulerConfig
+from folo.config import CacheConfig, SchedulerConfig, require_kind
 from folo.errors import IntegrityError, ParamsMismatchError, RestoreError
 from folo.ops.arithmetic import arithmetic
 from folo.sampling import Transform
@@ -61,6 +61,7 @@ def restore(
     document: Document = json.loads(tensors["document"].numpy().tobytes())
     saved, scheduler = CacheConfig(**document["cache"]), SchedulerConfig(**document["scheduler"])
     cache = saved if cache is None else cache
+    require_kind("cache", cache, CacheConfig)
     if cache.block_size != saved.block_size and not recompute:
         raise RestoreError(
             f"block_size={cache.block_size}, but the K and V of {path} lie in blocks of {saved.block_size}; "

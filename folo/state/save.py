@@ -40,7 +40,8 @@ from folo.state.flight import landed_or_before
 from folo.state.heap import Block, KVHeap
 from folo.state.pool import DIGEST_SIZE
 
-FORMAT, VERSION = "folo-state", "1"
+FORMAT, VERSION = "folo-state", "2"
+_HOST = torch.device("cpu")  # whatever the caller's default device is
 
 
 def save(state: EngineState, path: str | os.PathLike[str]) -> None:
@@ -101,10 +102,10 @@ def _tensors(state: EngineState) -> dict[str, Tensor]:
     number = {block.index: n for n, block in enumerate(blocks)}
     filled, cached = state.filled(), [block for block in blocks if state.pool.cached(block)]
     filled |= {block.index: size for block in cached}
-    num_filled = torch.tensor([filled[block.index] for block in blocks], dtype=torch.int32)
+    num_filled = torch.tensor([filled[block.index] for block in blocks], dtype=torch.int32, device=_HOST)
     tables = [[number[block.index] for block in s.table.blocks] for s in sequences]
-    indices = torch.tensor([block.index for block in blocks], dtype=torch.int64)
-    empty = torch.arange(size)[None, :] >= num_filled[:, None]
+    indices = torch.tensor([block.index for block in blocks], dtype=torch.int64, device=_HOST)
+    empty = torch.arange(size, device=_HOST)[None, :] >= num_filled[:, None]
     document = json.dumps(describe(state)).encode()
     return {
         **_gather(state.heap, indices, empty),
@@ -136,8 +137,8 @@ def _cached(blocks: list[Block], number: Mapping[int, int], size: int) -> dict[s
     parents = [place[content.parent] if content.parent else -1 for content in contents]
     tokens = np.array([content.token_ids for content in contents], np.int64)
     return {
-        "cached": torch.tensor([number[block.index] for block in blocks], dtype=torch.int32),
+        "cached": torch.tensor([number[block.index] for block in blocks], dtype=torch.int32, device=_HOST),
         "cached_digest": torch.from_numpy(digests.reshape(len(blocks), DIGEST_SIZE).copy()),
-        "cached_parent": torch.tensor(parents, dtype=torch.int32),
+        "cached_parent": torch.tensor(parents, dtype=torch.int32, device=_HOST),
         "cached_tokens": torch.from_numpy(tokens.reshape(len(blocks), size)),
     }

@@ -89,6 +89,7 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     stopped: bool = False  # by its last token
+    foreign: int = 0  # how many of the first scores are of weights from before a `rebind`
 
     @property
     def id(self) -> str:
