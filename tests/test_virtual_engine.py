@@ -172,3 +172,12 @@ def test_the_tests_for_a_gpu_pass_as_far_as_they_are_not_about_its_arithmetic() 
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert done.stdout.count(".") >= 12, done.stdout
+
+
+def test_a_text_is_evaluated_where_the_params_are(tiny_dir: Path, device: VirtualCuda) -> None:
+    here, there = (folo.load(tiny_dir, "float32", where, use_tqdm=False) for where in ("cpu", "cuda"))
+    expected = folo.quant.perplexity(here, prompt(40), 24, 12, use_tqdm=False)
+    assert folo.quant.perplexity(there, prompt(40), 24, 12, use_tqdm=False) == expected
+    compared = folo.quant.compare(there, there, prompt(40), 24, 12, use_tqdm=False)
+    assert compared.first == compared.second == expected
+    assert (compared.kl, compared.agreement) == (0.0, 1.0)
