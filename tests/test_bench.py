@@ -267,12 +267,10 @@ class TestGraph:
 
     def test_times_a_decode_step_run_in_three_ways(self, tmp_path: Path) -> None:
         torch._dynamo.reset()
-        recorder, done = Recorded(), list[bool]()
-        params, sizes = miniature(num_positions=1024), [(1, 128), (3, 64)]
-        rate, cells, large = graph.measure_all(params, sizes, lambda: done.append(True), recorder)
+        recorder, params, sizes = Recorded(), miniature(num_positions=1024), [(1, 128), (3, 64)]
+        rate = graph.copy_rate(params.device)
+        cells = [cell for size in sizes for cell in graph.measure_size(params, *size, rate, recorder)]
         assert [(c.batch, c.context, c.mode) for c in cells] == [(*s, m) for s in sizes for m in graph.MODES]
-        assert len(done) == 2
-        assert not large
         assert rate > 1e8, "bytes a second"
         assert all(0 < c.p50 <= c.p99 and c.host > 0 and c.rate == c.batch / c.p50 for c in cells)
         assert recorder.captures == 1 + 3, "for batches of 1; and of 1, 2 and 4"

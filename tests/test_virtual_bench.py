@@ -67,7 +67,7 @@ def test_throughput(device: VirtualCuda, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_graph(device: VirtualCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"_COPIED": 1 << 12, "_STEPS": 4, "_WARM": 1, "MOST_STEPS": 8}.items():
+    for name, value in {"_COPIED": 1 << 12, "_IDLE": 0.0, "_STEPS": 4, "_WARM": 1, "MOST_STEPS": 8}.items():
         monkeypatch.setattr(graph, name, value)
     options = "--batches", "2", "1000000", "--contexts", "16", "--shape", "qwen3-0.6b"
     found = result("graph", tmp_path, *options, "--plot", str(tmp_path / "graph.png"))["results"]

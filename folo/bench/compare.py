@@ -26,6 +26,7 @@ from folo.bench.serving import WORKLOADS, Prompts, workload
 from folo.errors import ConfigError, FoloError
 
 _PAIRS = 5
+_TO_WARM_UP = 64  # prompts
 _UNITS = {
     "latency": "decode tokens/s",
     "throughput": "output tokens/s",
@@ -125,12 +126,12 @@ def figure(name: str, prompts: Prompts, seconds: dict[str, float]) -> float:
 
 
 def interleave(workers: tuple[Worker, Worker], name: str, prompts: Prompts, pairs: int) -> Iterator[float]:
-    """Figures of both in turn, after a run of each to warm up."""
-    for number in range(1 + pairs):
+    """Figures of both in turn, after a run of each to warm up, of some of the prompts if they are many."""
+    for worker in workers:
+        worker.serve(prompts[:_TO_WARM_UP], name == "prefix")
+    for _ in range(pairs):
         for worker in workers:
-            seconds = worker.serve(prompts, name == "prefix")
-            if number:
-                yield figure(name, prompts, seconds)
+            yield figure(name, prompts, worker.serve(prompts, name == "prefix"))
 
 
 def plot(comparisons: list[Comparison], versions: tuple[str, str], path: str) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BATCHES, CONTEXT = (1, 32), 256
 _COPIES = 16  # of a decoder layer: 31 MB each in bfloat16, 8 MB in 4 bits
 _ROUNDS = 5
+_RUNS = 20  # of a captured piece of work, that is too short for one to be timed
 _BITS = 4
 
 
@@ -86,11 +87,12 @@ def _timed(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[]
     work = CudaGraphs().capture(run)[0] if device.type == "cuda" else run
 
     def seconds() -> float:
-        clock = graph.Clock(device)
+        clock, count = graph.Clock(device), _RUNS if device.type == "cuda" else 1
         clock.mark()
-        work()
+        for _ in range(count):
+            work()
         clock.mark()
-        return clock.between()[0]
+        return clock.between()[0] / count
 
     return seconds
 
@@ -141,8 +143,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("folo bench gptq --device cuda needs a CUDA device, and torch finds none")
     shapes = [shape for name, shape in SHAPES[1].linears.items() if name != "head"]
-    ratios = [linears(shapes, batch, device=args.device) for batch in BATCHES]
     dense, quantised = (random_model(QWEN3_600M, bits=bits, device=args.device) for bits in (None, _BITS))
+    ratios = [linears(shapes, batch, device=args.device) for batch in BATCHES]
     ratios += steps(dense, quantised)
     rows = [
         [r.what, r.batch, f"{1e3 * r.dense:.3f}", f"{1e3 * r.quantised:.3f}", f"{r.faster:.2f} x"]

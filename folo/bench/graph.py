@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ _STEPS, _WARM = 60, 4
 MOST_STEPS = 2 * _STEPS  # that `measure` takes
 _MOST = 0.6  # of the device's memory: cells beyond it do not fit
 _COPIED = 1 << 30  # bytes
+_IDLE = 0.3  # seconds of work until an idle GPU runs at its full clock rate
 _LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")
 
 
@@ -44,10 +44,10 @@ class Cell:
     p50: float
     p99: float
     host: float
-    launches: int | None  # of kernels and graphs, in one step
     capture: float  # the first step, in which graphs are captured and kernels compiled
     capture_bytes: int | None
     floor: float
+    launches: int | None = None  # of kernels and graphs, in one step
 
     @property
     def rate(self) -> float:
@@ -94,7 +94,10 @@ def copy_rate(device: torch.device) -> float:
     import torch
 
     source = torch.ones(_COPIED // 8, dtype=torch.int64, device=device)
-    target, clock = torch.empty_like(source), Clock(device)
+    target, clock, begin = torch.empty_like(source), Clock(device), time.perf_counter()
+    while time.perf_counter() - begin < _IDLE:
+        target.copy_(source)
+        clock.wait()
     for _ in range(6):
         clock.mark()
         target.copy_(source)
@@ -153,7 +156,6 @@ def measure(
         host.append(on_the_way + time.perf_counter() - begin)
     return Cell(
         *(mode, batch, context, median(times), times[int(0.99 * len(times))], median(host)),
-        launches=_launches(lambda: _stepped(params, state, step)) if params.device.type == "cuda" else None,
         capture=capture,
         capture_bytes=None if before is None or taken is None else taken - before,
         floor=read_bytes(params, batch, context) / rate,
@@ -177,13 +179,18 @@ def _reserved(device: torch.device) -> int | None:
     return torch.cuda.memory_reserved(device)
 
 
-def _launches(run: Callable[[], object]) -> int:
+def with_launches(params: folo.Params, cell: Cell) -> Cell:
+    """The cell with its launches counted. By a profiler, which slows whatever its process runs after it."""
     from torch.profiler import ProfilerActivity, profile
 
+    from folo.bench.growth import decoding
+
+    state, step = decoding(params, cell.batch, cell.context, steps=2), steps_of(cell.mode, None)
+    state = _stepped(params, state, step)
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities, acc_events=True) as found:  # without it, torch 2.11 warns
-        run()
-    return sum(event.name.startswith(_LAUNCHES) for event in found.events() or ())
+        _stepped(params, state, step)
+    return replace(cell, launches=sum(event.name.startswith(_LAUNCHES) for event in found.events() or ()))
 
 
 def fits(params: folo.Params, batch: int, context: int) -> bool:
@@ -196,22 +203,16 @@ def fits(params: folo.Params, batch: int, context: int) -> bool:
     return read_bytes(params, batch, context) < _MOST * total
 
 
-def measure_all(
-    params: folo.Params, sizes: Iterable[tuple[int, int]], each: Callable[[], object], recorder: Any = None
-) -> tuple[float, list[Cell], list[tuple[int, int]]]:
-    """The rate of copying, the cells, and the sizes that do not fit."""
+def measure_size(
+    params: folo.Params, batch: int, context: int, rate: float, recorder: Any = None
+) -> list[Cell]:
+    """The cells of one size, or none if it does not fit."""
     from folo.bench.growth import decoding
 
-    rate, cells, large = copy_rate(params.device), list[Cell](), list[tuple[int, int]]()
-    for batch, context in sizes:
-        if not fits(params, batch, context):
-            large.append((batch, context))
-            each()
-            continue
-        state = decoding(params, batch, context, steps=MOST_STEPS)
-        cells += [measure(params, state, mode, context, rate, recorder) for mode in MODES]
-        each()
-    return rate, cells, large
+    if not fits(params, batch, context):
+        return []
+    state = decoding(params, batch, context, steps=MOST_STEPS)
+    return [measure(params, state, mode, context, rate, recorder) for mode in MODES]
 
 
 def table(cells: list[Cell]) -> str:
@@ -275,8 +276,22 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError("folo bench graph needs a CUDA device, and torch finds none")
     params = report.model_of(args)
     sizes = [(batch, context) for context in args.contexts for batch in args.batches]
-    with tqdm(total=len(sizes), desc="Graph", unit="size") as bar:
-        rate, cells, large = measure_all(params, sizes, bar.update)
+    found, rate = dict[tuple[int, int], list[Cell]](), copy_rate(params.device)
+    try:
+        for size in tqdm(sizes, desc="Graph", unit="size"):
+            found[size] = measure_size(params, *size, rate)
+        for batch, context in sizes[: len(args.batches)]:  # they hardly depend on the context
+            own = found[batch, context]
+            found[batch, context] = [with_launches(params, cell) for cell in own]
+    finally:  # who has no time for the rest is told how far it came
+        _report(args, params, rate, found)
+
+
+def _report(
+    args: argparse.Namespace, params: folo.Params, rate: float, found: dict[tuple[int, int], list[Cell]]
+) -> None:
+    cells = [cell for own in found.values() for cell in own]
+    large = [size for size, own in found.items() if not own]
     print(table(cells))
     for batch, context in large:
         print(f"batch {batch} at context {context} does not fit into {100 * _MOST:.0f} % of the memory")
@@ -284,6 +299,6 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         content = {"copy": rate, "cells": [asdict(cell) for cell in cells], "large": large}
         report.write_json(args.json, "graph", content, params)
-    if args.plot:
+    if args.plot and cells:
         plot(cells, args.plot)
     report.print_files(args)

@@ -168,12 +168,21 @@ def _compare_all(args: argparse.Namespace, subject: Subject) -> None:
     from tqdm import tqdm
 
     cells = (every_cell() if args.full else array())[: args.cells]
-    with tqdm(total=len(cells) + 1, desc="Invariance", unit=" cells") as bar:
-        reference, results = run(subject, REFERENCE), []
-        bar.update()
-        for cell in cells:
-            results.append(compare(subject, reference, cell))
+    results: list[Result] = []
+    try:
+        with tqdm(total=len(cells) + 1, desc="Invariance", unit=" cells") as bar:
+            reference = run(subject, REFERENCE)
             bar.update()
+            for cell in cells:
+                results.append(compare(subject, reference, cell))
+                bar.update()
+    finally:  # who has no time for the rest is told how far it came
+        _report(args, subject, results)
+    if any(result.fault for result in results):
+        raise SystemExit(1)
+
+
+def _report(args: argparse.Namespace, subject: Subject, results: list[Result]) -> None:
     headers = [*(name.replace("_", " ") for name in FACTORS), "requests", "tokens", "preempted", "cached"]
     headers += ["tokens differ", "logprobs differ", "seconds"]
     rows = [[*asdict(r.cell).values(), *list(asdict(r).values())[1:-1], f"{r.seconds:.1f}"] for r in results]
@@ -183,5 +192,3 @@ def _compare_all(args: argparse.Namespace, subject: Subject) -> None:
     print(f"{len(results)} cells, {tokens:,} tokens compared: {'; '.join(faults) or 'no bit differs'}")
     if args.json:
         report.write_json(args.json, "invariance", [asdict(r) for r in results], subject.params)
-    if faults:
-        raise SystemExit(1)

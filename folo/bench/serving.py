@@ -198,19 +198,27 @@ def _run(name: str, args: argparse.Namespace) -> None:
     params = report.model_of(args)
     step = folo.compile(folo.step, mode=args.mode)
     runs: dict[str, list[Run]] = {}
-    with tqdm(total=len(names) * (1 + args.repeats), desc=name.capitalize(), unit="run") as bar:
-        for workload_name in names:
-            prompts = workload(workload_name, params.config.vocab_size)
-            runs[workload_name], state = [], empty(params, prompts)
-            for number in range(1 + args.repeats):
-                run = serve(params, state, prompts, step)
-                runs[workload_name] += [run] if number else []  # the first one warms up
-                bar.update()
+    try:
+        with tqdm(total=len(names) * (1 + args.repeats), desc=name.capitalize(), unit="run") as bar:
+            for workload_name in names:
+                prompts = workload(workload_name, params.config.vocab_size)
+                state, own = empty(params, prompts), list[Run]()
+                for number in range(1 + args.repeats):
+                    run = serve(params, state, prompts, step)
+                    if number:  # the first one warms up
+                        own.append(run)
+                        runs[workload_name] = own
+                    bar.update()
+    finally:  # who has no time for the rest is told how far it came
+        _report(name, args, params, runs)
+
+
+def _report(name: str, args: argparse.Namespace, params: folo.Params, runs: dict[str, list[Run]]) -> None:
     print(report.table(*_table(name, runs)))
     if args.json:
         results = {key: [asdict(run) for run in own] for key, own in runs.items()}
         report.write_json(args.json, name, results, params)
-    if args.plot:
+    if args.plot and runs:
         plot(runs, args.plot)
     report.print_files(args)
 
