@@ -143,8 +143,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("folo bench gptq --device cuda needs a CUDA device, and torch finds none")
     shapes = [shape for name, shape in SHAPES[1].linears.items() if name != "head"]
-    dense, quantised = (random_model(QWEN3_600M, bits=bits, device=args.device) for bits in (None, _BITS))
     ratios = [linears(shapes, batch, device=args.device) for batch in BATCHES]
+    dense, quantised = (random_model(QWEN3_600M, bits=bits, device=args.device) for bits in (None, _BITS))
     ratios += steps(dense, quantised)
     rows = [
         [r.what, r.batch, f"{1e3 * r.dense:.3f}", f"{1e3 * r.quantised:.3f}", f"{r.faster:.2f} x"]
