@@ -34,7 +34,7 @@ format: $(VENV)/.dev
 # Preloaded too: what stands in for AMX, which traps (pytest's own handler of traps stays out).
 sanitize: $(VENV)/.dev
 	mkdir -p build
-	$(CXX) -std=c++17 -O1 -shared -fPIC -ftls-model=initial-exec tests/amx_tiles.cpp -o build/amx_tiles.so
+	$(CXX) -std=c++17 -O3 -march=native -shared -fPIC -ftls-model=initial-exec tests/amx_tiles.cpp -o build/amx_tiles.so
 	FOLO_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
 	$$($(CXX) -print-file-name=libubsan.so) $(CURDIR)/build/amx_tiles.so" OMP_NUM_THREADS=2 \
 	$(BIN)/pytest -p no:faulthandler tests/test_ops_contract.py tests/test_ops_accuracy.py \

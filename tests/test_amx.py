@@ -24,7 +24,7 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library that carries the instructions out."""
     path = tmp_path_factory.mktemp("amx") / "amx_tiles.so"
     compiler = os.environ.get("CXX", "g++")
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-ftls-model=initial-exec"]
+    command = [compiler, "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-ftls-model=initial-exec"]
     subprocess.run([*command, str(HERE / "amx_tiles.cpp"), "-o", str(path)], check=True)
     return path
 
