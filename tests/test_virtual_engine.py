@@ -21,7 +21,7 @@ import folo
 from folo.config import CompileMode
 from folo.sampling import Context
 
-pytestmark = pytest.mark.usefixtures("reference_ops")
+pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("reference_ops")]
 
 SMALL = folo.CacheConfig(block_size=8, num_blocks=12, reserve_blocks=60)  # sequences preempt one another
 TIGHT = folo.SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=24)  # prompts come in chunks
