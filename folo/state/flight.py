@@ -45,6 +45,8 @@ class Flight:
     def results(self) -> Results:
         """Of its own rows."""
         found = self.fetch()
+        if len(self.places) == len(found.ids):  # all of them, in order
+            return found
         return Results([found.ids[n] for n in self.places], [found.scores[n] for n in self.places])
 
     def seen_from(self, state: EngineState) -> Flight:
