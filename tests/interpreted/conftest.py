@@ -6,16 +6,19 @@ It shows that rows, columns and tails find their places and that the contract ho
 
 from __future__ import annotations
 
-import inspect
 import os
+from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("tests/interpreted needs TRITON_INTERPRET=1 in the environment")
 
+from triton import language as tl
 from triton.runtime import interpreter
 
 _patch_tensor = interpreter._patch_lang_tensor
@@ -27,17 +30,48 @@ def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
-@cache
-def _builtins(pkg: Any) -> list[tuple[str, Any]]:
-    return [(name, x) for name, x in inspect.getmembers(pkg) if interpreter.tl.core.is_builtin(x)]
+_make_block_type = tl.block_type.__init__
+_attributes: dict[Any, dict[str, Any]] = {}
 
 
-def _patch_known_builtins(pkg: Any, builder: Any, scope: Any) -> None:
-    """Triton looks for them among all members again whenever a function is called: a third of the time."""
-    for name, member in _builtins(pkg):
-        if getattr(pkg, name) is member:
-            interpreter._patch_attr(pkg, name, member, builder, scope)
+def _block_type_once(self: Any, element_ty: Any, shape: Any) -> None:
+    """Every operation makes such types, and spells out their names: equal ones share all they have."""
+    if element_ty.is_ptr():  # which has no hash
+        return _make_block_type(self, element_ty, shape)
+    key = element_ty, *(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+    if key not in _attributes:
+        _make_block_type(self, element_ty, shape)
+        _attributes[key] = self.__dict__
+    self.__dict__ = _attributes[key]
+    return None
+
+
+_type_for_tuple_values = tl.core._type_for_tuple_values
+_type_of_ints = cache(_type_for_tuple_values)
+
+
+def _tuple_type_once(values: Any, fields: Any = None) -> Any:
+    if fields is None and all(type(value) is int for value in values):
+        return _type_of_ints(tuple(values))
+    return _type_for_tuple_values(values, fields)
+
+
+_np_dtype_of_scalar = cache(interpreter._get_np_dtype)
+
+
+def _np_dtype_once(dtype: Any) -> Any:
+    """Triton makes a table of all of them for each answer."""
+    return np.dtype(np.uint64) if dtype.scalar.is_ptr() else _np_dtype_of_scalar(dtype.scalar)
 
 
 interpreter._patch_lang_tensor = _patch_tensor_and_index
-interpreter._patch_builtin = _patch_known_builtins
+tl.block_type.__init__ = _block_type_once
+tl.core._type_for_tuple_values = _tuple_type_once
+interpreter._get_np_dtype = _np_dtype_once
+# Overflow is looked for, and what was found thrown away unless the builder debugs: a third of the time.
+interpreter.interpreter_builder.options = replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)
+# The language is patched for each function that is called, and put back behind it: here it stays patched.
+interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
