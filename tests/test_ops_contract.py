@@ -189,9 +189,10 @@ def test_qk_norm_rope_write_rows_depend_on_themselves_alone(
     slots = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))
 
     def apply(op: Any, rows: list[int]) -> tuple[Tensor, ...]:
-        k, v = laid(*torch.zeros((2, -(-ROWS // 8), 8, num_kv_heads, head_dim), dtype=dtype))
+        shape = 1, -(-ROWS // 8), 8, num_kv_heads, head_dim
+        (k,), (v,) = kv_cache.zeros(shape, dtype, slots.device)
         q = op.qk_norm_rope_write(qkv[rows], angles[rows], q_norm, k_norm, 1e-6, k, v, slots[rows])
-        return q, *(part.flatten(0, 1)[slots[rows]] for part in plain(k, v))
+        return q, *kv_cache.read(k, v, slots[rows] // 8, slots[rows] % 8)
 
     check_rows(apply)
 

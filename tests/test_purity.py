@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,7 @@ LAYERS: dict[str, frozenset[str]] = {
 """What each layer of the core imports of folo; what is not named here is shell, which imports anything."""
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Every module of folo by its path, such as `state/heap.py`."""
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
