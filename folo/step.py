@@ -7,10 +7,12 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config as fx_config
+from torch.utils import _pytree as pytree
 
 from folo.config import COMPILE_MODES, CompileMode
 from folo.errors import ConfigError, ParamsMismatchError, RequestError, StaleBatchError
@@ -164,11 +166,17 @@ def _graphed(graphs: Graphs, layer_function: Any) -> Run:
 
 
 def _compiled(run: Run) -> Run:
+    marked = WeakSet[Params]()
+
     def limited(params: Params, bound: Bound, inputs: Inputs) -> list[device.Sampled]:
-        # Sizes of 1 get graphs of their own, and models of one process share the limit. Sizes that happen
-        # to be equal are not taken for one size.
-        own_sizes = fx_config.patch(use_duck_shape=False)  # pyright: ignore[reportAttributeAccessIssue]
-        with torch._dynamo.config.patch(recompile_limit=64), own_sizes:
+        if params not in marked:  # as symbols, the sizes of weights would take the compiler twice as long
+            for weight in pytree.tree_leaves(params):
+                torch._dynamo.mark_static(weight)
+            marked.add(params)
+        # Sizes of 0 and 1 are no cases of their own, and sizes that happen to be equal are not taken for one.
+        # What is compiled for the models of a process shares the limit.
+        symbols = fx_config.patch(use_duck_shape=False, backed_size_oblivious=True)  # pyright: ignore[reportAttributeAccessIssue]
+        with torch._dynamo.config.patch(recompile_limit=64), symbols:
             return run(params, bound, inputs)
 
     return limited
