@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -18,7 +20,7 @@ import torch
 from graphs import Recorded
 
 import folo
-from folo.bench import gptq, graph, kernels, report, workloads
+from folo.bench import compare, gptq, graph, kernels, report, workloads
 from folo.bench.ablation import QUICK, Bench
 from folo.bench.compare import Comparison, PeerError, Worker, figure
 from folo.bench.peers import OWN
@@ -179,6 +181,28 @@ class TestCompare:
             run.kill()
             run.communicate()
 
+    def test_a_run_that_is_cut_short_tells_how_far_it_came(
+        self, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    ) -> None:
+        def stopping(_: object, name: str, *rest: object) -> Iterator[float]:
+            yield from (4.0, 2.0, 3.0)
+            if name == "prefill":
+                raise PeerError("it has stopped")
+            yield 1.0
+
+        engine = SimpleNamespace(version="engine 1", close=lambda: None)
+        monkeypatch.setattr(compare, "Worker", lambda *_: engine)
+        monkeypatch.setattr(compare, "interleave", stopping)
+        argv = ["bench", "compare", "--peer", "transformers", "--model", str(tiny_dir)]
+        argv += ["--json", str(tmp_path / "c.json"), "--workloads", "latency", "prefill", "mixed"]
+        assert main(argv) == 2
+        assert "it has stopped" in capsys.readouterr().err
+        found = json.loads((tmp_path / "c.json").read_text())["results"]["workloads"]
+        assert [(own["workload"], own["folo"], own["peer"]) for own in found] == [
+            ("latency", [4.0, 3.0], [2.0, 1.0]),
+            ("prefill", [4.0], [2.0]),
+        ]
+
     def test_the_last_words_of_a_peer_that_stops_are_passed_on(self, tmp_path: Path) -> None:
         with (tmp_path / "log").open("w+b") as log, pytest.raises(PeerError) as caught:
             Worker(OWN, sys.executable, tmp_path / "nowhere", 1, log)
@@ -203,9 +227,24 @@ class TestGptq:
         assert (one.what, one.batch, one.faster) == ("linear layers", 3, one.dense / one.quantised)
         config = replace(QWEN3_600M, num_layers=2, hidden_size=128, intermediate_size=256, vocab_size=512)
         config = replace(config, num_heads=2, num_kv_heads=2)
-        found = gptq.steps(random_model(config), random_model(config, bits=4), batches=(1, 2))
+        found = [*gptq.steps(random_model(config), random_model(config, bits=4), batches=(1, 2))]
         assert [(ratio.what, ratio.batch) for ratio in found] == [("decode step", 1), ("decode step", 2)]
         assert all(ratio.dense > 0 and ratio.quantised > 0 for ratio in found)
+
+    def test_a_run_that_is_cut_short_tells_how_far_it_came(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    ) -> None:
+        def stopping(*_: object) -> Iterator[gptq.Ratio]:
+            yield gptq.Ratio("linear layers", 1, 3.0, 1.5)
+            raise MemoryError
+
+        monkeypatch.setattr(gptq, "_measured", stopping)
+        monkeypatch.setattr(workloads, "random_model", lambda *_, **__: miniature())
+        with pytest.raises(MemoryError):
+            main(["bench", "gptq", "--json", str(tmp_path / "g.json")])
+        assert capsys.readouterr().out.splitlines()[2].split()[-2:] == ["2.00", "x"]
+        (found,) = json.loads((tmp_path / "g.json").read_text())["results"]
+        assert (found["what"], found["faster"]) == ("linear layers", 2.0)
 
     def test_random_models_of_4_bits_take_little_memory(self) -> None:
         config = replace(QWEN3_600M, num_layers=1, vocab_size=512)

@@ -212,43 +212,54 @@ def against(
         config = checkpoint.config(checkpoint.stored_dtype)
         threads = torch.get_num_threads()
         tqdm.write(f"starting {peer_name}", file=sys.stderr)
-        other = Worker(peer, python, path, threads, log)
-        try:
-            own = Worker(peers.OWN, sys.executable, path, threads, own_log)
+        with (
+            contextlib.closing(Worker(peer, python, path, threads, log)) as other,
+            contextlib.closing(Worker(peers.OWN, sys.executable, path, threads, own_log)) as own,
+        ):
+            done = list[Comparison]()
             try:
-                comparisons = _compare(own, other, names, config.vocab_size, pairs)
+                _compare(own, other, names, config.vocab_size, pairs, done)
+            finally:  # who has no time for the rest is told how far it came
+                if done:
+                    versions = own.version, other.version
+                    model = f"{config.architecture} in {config.dtype}, {threads} threads"
+                    print(f"{versions[0]} beside {versions[1]}, {model}")
+                    _report(peer_name, versions, done, args, kept)
+
+
+def _compare(
+    own: Worker, other: Worker, names: list[str], vocab_size: int, pairs: int, done: list[Comparison]
+) -> None:
+    """Adds to `done` what there is of each workload, if it were but some of the pairs."""
+    from tqdm import tqdm
+
+    with tqdm(total=2 * len(names) * pairs, desc="Compare", unit="run") as bar:
+        for name in names:
+            values = list[float]()
+            try:
+                for value in interleave((own, other), name, workload(name, vocab_size), pairs):
+                    values.append(value)
+                    bar.update()
             finally:
-                own.close()
-        finally:
-            other.close()
-        versions = own.version, other.version
-    print(f"{versions[0]} beside {versions[1]}, {config.architecture} in {config.dtype}, {threads} threads")
-    headers = ["workload", "unit", "folo", peer_name, "ratio", "ratio: range"]
-    print(report.table(headers, [comparison.cells() for comparison in comparisons]))
+                if whole := len(values) // 2 * 2:
+                    done.append(Comparison(name, tuple(values[:whole:2]), tuple(values[1:whole:2])))
+
+
+def _report(
+    peer: str, versions: tuple[str, str], done: list[Comparison], args: argparse.Namespace, kept: str | None
+) -> None:
+    headers = ["workload", "unit", "folo", peer, "ratio", "ratio: range"]
+    print(report.table(headers, [comparison.cells() for comparison in done]))
     if args.json:
         results = {
-            "peer": other.version,
+            "peer": versions[1],
             "model": str(args.shape or args.model or kept or "default"),
-            "workloads": [{**asdict(own), "unit": _UNITS[own.workload]} for own in comparisons],
+            "workloads": [{**asdict(own), "unit": _UNITS[own.workload]} for own in done],
         }
         report.write_json(args.json, "compare", results)
     if args.plot:
-        plot(comparisons, versions, args.plot)
+        plot(done, versions, args.plot)
     report.print_files(args)
-
-
-def _compare(own: Worker, other: Worker, names: list[str], vocab_size: int, pairs: int) -> list[Comparison]:
-    from tqdm import tqdm
-
-    comparisons = []
-    with tqdm(total=2 * len(names) * pairs, desc="Compare", unit="run") as bar:
-        for name in names:
-            values = []
-            for value in interleave((own, other), name, workload(name, vocab_size), pairs):
-                values.append(value)
-                bar.update()
-            comparisons.append(Comparison(name, tuple(values[::2]), tuple(values[1::2])))
-    return comparisons
 
 
 @contextlib.contextmanager

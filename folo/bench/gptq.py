@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -97,12 +97,10 @@ def _timed(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[]
     return seconds
 
 
-def steps(dense: folo.Params, quantised: folo.Params, batches: Sequence[int] = BATCHES) -> list[Ratio]:
+def steps(dense: folo.Params, quantised: folo.Params, batches: Sequence[int] = BATCHES) -> Iterator[Ratio]:
     """Of whole decode steps."""
-    return [
-        _ratio("decode step", batch, _stepping(dense, batch), _stepping(quantised, batch))
-        for batch in batches
-    ]
+    for batch in batches:
+        yield _ratio("decode step", batch, _stepping(dense, batch), _stepping(quantised, batch))
 
 
 def _stepping(params: folo.Params, batch: int) -> Callable[[], float]:
@@ -142,10 +140,23 @@ def _run(args: argparse.Namespace) -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("folo bench gptq --device cuda needs a CUDA device, and torch finds none")
-    shapes = [shape for name, shape in SHAPES[1].linears.items() if name != "head"]
-    ratios = [linears(shapes, batch, device=args.device) for batch in BATCHES]
     dense, quantised = (random_model(QWEN3_600M, bits=bits, device=args.device) for bits in (None, _BITS))
-    ratios += steps(dense, quantised)
+    ratios = list[Ratio]()
+    try:
+        for ratio in _measured(dense, quantised, args.device):
+            ratios.append(ratio)
+    finally:  # who has no time for the rest is told how far it came
+        _report(args, quantised, ratios)
+
+
+def _measured(dense: folo.Params, quantised: folo.Params, device: str) -> Iterator[Ratio]:
+    shapes = [shape for name, shape in SHAPES[1].linears.items() if name != "head"]
+    for batch in BATCHES:
+        yield linears(shapes, batch, device=device)
+    yield from steps(dense, quantised)
+
+
+def _report(args: argparse.Namespace, quantised: folo.Params, ratios: list[Ratio]) -> None:
     rows = [
         [r.what, r.batch, f"{1e3 * r.dense:.3f}", f"{1e3 * r.quantised:.3f}", f"{r.faster:.2f} x"]
         for r in ratios
