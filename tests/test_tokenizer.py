@@ -111,7 +111,15 @@ def test_bos_is_added_where_the_file_or_its_kind_says_so(
     assert tokenizer.encode("the", add_special_tokens=False)[0] != 1
 
 
-def test_sentencepiece_in_gguf(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({}, ["<s>", "▁hi", "▁ho"]),
+        ({"bos": True, "eos": True}, ["<s>", "▁hi", "▁ho", "</s>"]),
+        ({"bos": False}, ["▁hi", "▁ho"]),
+    ],
+)
+def test_sentencepiece_in_gguf(ends: dict[str, bool], expected: list[str], tmp_path: Path) -> None:
     words = ["▁", "h", "i", "o", "hi", "▁hi", "ho", "▁ho"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     metadata: dict[str, Any] = {
@@ -120,10 +128,11 @@ def test_sentencepiece_in_gguf(tmp_path: Path) -> None:
         "tokenizer.ggml.scores": [-float(index) for index in range(len(tokens))],
         "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(words),
         "tokenizer.ggml.unknown_token_id": 0,
+        **{f"tokenizer.ggml.add_{end}_token": value for end, value in ends.items()},
     }
     tiny_gguf(tmp_path / "model.gguf", metadata=metadata, vocab_size=len(tokens))
     tokenizer = load_tokenizer(tmp_path / "model.gguf")
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi ho")) == ["<s>", "▁hi", "▁ho"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi ho")) == expected
     assert tokenizer.decode(tokenizer.encode("hi ho é"), skip_special_tokens=True) == "hi ho é"
 
 

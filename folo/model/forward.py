@@ -14,7 +14,7 @@ from folo import ops
 from folo.errors import ConfigError
 from folo.inputs import Inputs
 from folo.model.config import DecoderConfig
-from folo.model.params import Layer, Linear, Params, in_groups, inv_freq, layers_with_next_norm
+from folo.model.params import Layer, Linear, Params, in_groups, layers_with_next_norm
 from folo.ops import kv_cache, reference
 from folo.ops.attention import BACKENDS, attention_backend
 from folo.ops.packed import Packed
@@ -52,7 +52,7 @@ def embedded(
     params: Params, token_ids: Tensor, positions: Tensor, op: Any = ops
 ) -> tuple[Tensor, Tensor, Tensor]:
     """token_ids and positions int64 `[T]` -> the first layer's x, residual `[T, D]` and angles `[T, E]`."""
-    angles = op.rope_angles(positions, _inv_freq(params))
+    angles = op.rope_angles(positions, params.inv_freq)
     embed = params.embed
     residual = embed.rows(token_ids) if isinstance(embed, Packed) else embed[token_ids]
     return op.rms_norm(residual, params.layers[0].input_norm, params.config.rms_norm_eps), residual, angles
@@ -80,25 +80,6 @@ def decoder_layer(
     x, residual = op.add_rms_norm(_linear(x, layer.out, op), residual, layer.post_norm, eps)
     x = _linear(op.gated_linear(x, layer.gate_up.weight, layer.gate_up.bias), layer.down, op)
     return op.add_rms_norm(x, residual, next_norm, eps)
-
-
-def _inv_freq(params: Params) -> Tensor:
-    if torch.compiler.is_compiling():
-        return _constant_inv_freq(params.config, params.dtype, params.device)
-    return params.inv_freq
-
-
-def _constant_inv_freq(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`Params.inv_freq` as a constant to a compiler: computed by its own code, they would round otherwise.
-
-    Whatever is compiled with them is guarded by the identity of `config`.
-    """
-    return inv_freq(config, dtype, device)
-
-
-# All that `torch.compiler.assume_constant_result` does, but for importing the compiler: a third of what it
-# takes to import folo, for what runs eagerly.
-_constant_inv_freq._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def logits(params: Params, hidden: Tensor, op: Any = ops) -> Tensor:

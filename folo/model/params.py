@@ -108,8 +108,12 @@ class Params:
 
     @cached_property
     def inv_freq(self) -> Tensor:
-        """Rotary frequencies, float32 (float64 for float64 weights) `[E/2]`, on the weights' device."""
-        return inv_freq(self.config, self.dtype, self.device)
+        """Rotary frequencies, float32 (float64 for float64 weights) `[E/2]`, on the weights' device.
+
+        A constant to a compiler once it is there: computed by its own code, they would round otherwise.
+        """
+        kind = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self.config.inv_freq().to(self.device, kind)
 
     @cached_property
     def own_layers(self) -> tuple[list[Tensor], list[int]] | None:
@@ -130,11 +134,6 @@ def layers_with_next_norm(params: Params) -> Iterator[tuple[Layer, Tensor]]:
     """Each layer, and the norm of the one after it, which closes the layer."""
     following = (*(layer.input_norm for layer in params.layers[1:]), params.norm)
     return zip(params.layers, following, strict=True)
-
-
-def inv_freq(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """See `Params.inv_freq`."""
-    return config.inv_freq().to(device, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _is_packed(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from folo.errors import LoadError
 from folo.model.gguf import read_metadata
@@ -72,28 +72,40 @@ def load_tokenizer(model: str | os.PathLike[str] | None = None) -> PreTrainedTok
 def _from_directory(path: Path) -> PreTrainedTokenizerBase:
     """`tokenizer.json` is taken as it stands: for some classes that a configuration may name, AutoTokenizer
     builds the pre-tokenizer anew, and SmolLM2 would lose its individual digits."""
-    kind = PreTrainedTokenizerFast if (path / "tokenizer.json").exists() else AutoTokenizer
-    return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if not (path / "tokenizer.json").exists():
+        return _by_its_class(path)
+    return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _by_its_class(path: Path, **options: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer  # here, since it may import every model, and torch's compiler
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
 
 
 def _from_gguf(path: Path) -> PreTrainedTokenizerBase:
     metadata = read_metadata(path)
     kind = metadata.get("tokenizer.ggml.model")
-    if kind == "llama":  # sentencepiece, which transformers rebuilds
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    if kind != "gpt2":
+    if kind not in ("gpt2", "llama"):
         raise LoadError(f"{path} has no tokenizer of the kinds 'gpt2' and 'llama', but {kind!r}.")
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {
         f"{role}_token": metadata.get(f"tokenizer.ggml.{key}_token_id")
         for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
     }
+    special = {role: tokens[index] for role, index in ids.items() if index is not None}
+    if kind == "llama":  # sentencepiece, which transformers rebuilds; not each of them finds all in the file
+        tokenizer: Any = _by_its_class(path.parent, gguf_file=path.name)
+        for role, token in special.items():
+            setattr(tokenizer, role, token)
+        tokenizer.backend_tokenizer.post_processor = _ends(metadata, add_bos=True)
+        return tokenizer
     return PreTrainedTokenizerFast(
         tokenizer_object=_byte_level_bpe(path, metadata),
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
-        **{role: tokens[index] for role, index in ids.items() if index is not None},
+        **special,
     )
 
 
@@ -116,13 +128,22 @@ def _byte_level_bpe(path: Path, metadata: dict[str, Any]) -> Tokenizer:
     tokenizer.add_tokens(
         [AddedToken(token, special=kinds[token] == _CONTROL, normalized=False) for token in added]
     )
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-    if metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos) and bos_id is not None:
-        bos = tokens[bos_id]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
-        )
+    tokenizer.post_processor = _ends(metadata, pre.add_bos)
     return tokenizer
+
+
+def _ends(metadata: dict[str, Any], add_bos: bool) -> processors.TemplateProcessing:
+    """What stands before and behind a text. `add_bos`: if the file does not say."""
+
+    def added(role: str, default: bool) -> dict[str, int]:
+        index = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        wanted = metadata.get(f"tokenizer.ggml.add_{role}_token", default)
+        return {metadata["tokenizer.ggml.tokens"][index]: index} if wanted and index is not None else {}
+
+    bos, eos = added("bos", add_bos), added("eos", False)
+    single = [*bos, "$A", *eos]
+    pair = [*single, *(f"{part}:1" for part in (*bos, "$B", *eos))]
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=[*(bos | eos).items()])
 
 
 def _pre_tokenizer(pre: _Pretokenizer) -> pre_tokenizers.PreTokenizer:
