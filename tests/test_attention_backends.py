@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from pathlib import Path
@@ -11,12 +12,24 @@ import pytest
 import torch
 from engine import finish_all, prompt
 from torch import Tensor
+from torch.nn.attention import varlen
 
 import folo
 from folo.ops import reference
 from folo.ops.attention import BACKENDS, Attention, attention_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def varlen_attn_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.13 has it; what 2.11 has knows no pages, and is given the parameters."""
+
+    def varlen_attn(query: Tensor, block_table: Tensor, seqused_k: Tensor, num_splits: int) -> Tensor:
+        raise AssertionError
+
+    if "block_table" not in inspect.signature(varlen.varlen_attn).parameters:
+        monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +44,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("flash_attn", CUDA, torch.bfloat16, 256, "needs the package flash-attn: pip install flash-attn"),
     ],
 )
+@pytest.mark.usefixtures("varlen_attn_of_pages")
 def test_a_backend_that_cannot_be_had_is_refused(
     name: str, device: torch.device, dtype: torch.dtype, block_size: int, why: str
 ) -> None:
@@ -38,6 +52,7 @@ def test_a_backend_that_cannot_be_had_is_refused(
         attention_backend(name, device, dtype, block_size, 64)
 
 
+@pytest.mark.usefixtures("varlen_attn_of_pages")
 def test_auto_takes_folos_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention_backend("auto", CPU, torch.float32, 16, 64) == "cpu"
     assert attention_backend("auto", CUDA, torch.bfloat16, 16, 64) == "triton"
