@@ -52,9 +52,7 @@ def interrupted(run: Callable[[], object], at: int) -> KeyboardInterrupt | None:
         return trace
 
     before = sys.gettrace()
-    sys._getframe().f_trace_opcodes = (
-        True  # Python 3.12 asks whether any frame wants them when tracing begins
-    )
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 asks for it when tracing begins
     sys.settrace(trace)
     try:
         run()

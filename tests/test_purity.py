@@ -19,6 +19,7 @@ import torch
 from checkpoints import tiny_checkpoint
 from safetensors import safe_open
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -156,6 +157,9 @@ def test_a_compiled_step_is_not_taken_for_that_of_another_model(
             got = compiled(params, state.heap.k.clone(), state.heap.v.clone(), inputs)
             assert torch.equal(got[0], expected[0])
             assert len(recorder.graphs) == graphs
+        torch._dynamo.reset()
+        with pytest.raises(TorchDynamoException):  # no compiler computes frequencies
+            compiled(replace(tiny), state.heap.k.clone(), state.heap.v.clone(), inputs)
 
 
 # --- the random state, torch's defaults and the arguments

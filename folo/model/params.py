@@ -110,8 +110,9 @@ class Params:
     def inv_freq(self) -> Tensor:
         """Rotary frequencies, float32 (float64 for float64 weights) `[E/2]`, on the weights' device.
 
-        A constant to a compiler once it is there: computed by its own code, they would round otherwise.
+        A compiler takes them as an input, and has to find them there: its own code would round otherwise.
         """
+        assert not torch.compiler.is_compiling(), "read params.inv_freq once before compiling"
         kind = torch.float64 if self.dtype == torch.float64 else torch.float32
         return self.config.inv_freq().to(self.device, kind)
 
