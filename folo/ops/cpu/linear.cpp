@@ -57,15 +57,35 @@ void write_tile(const Linear& a, const Out& out, int64_t row, int64_t tile, cons
   write(out.begin, out.wide, out.at(row, tile), sums, bias, int(std::min<int64_t>(kTile, a.n - column)));
 }
 
+// Sums of R rows and whole tiles to the output, straight from registers: inlined for that.
+template <typename T, int R, int V>
+[[gnu::always_inline]] inline void write_whole(const Linear& a, const Out& out, int64_t row, int64_t tile,
+                                               const Float (&sums)[R][V]) {
+  const T* bias = a.bias ? static_cast<const T*>(a.bias) + tile * kTile : nullptr;
+  const auto write_to = [&](auto* begin) {
+    each<R>([&](auto r) {
+      auto* to = begin + out.at(row + r, tile);
+      each<V>([&](auto v) {
+        store(to + v * kLanes, bias ? sums[r][v] + load(bias + v * kLanes) : sums[r][v]);
+      });
+    });
+  };
+  if (out.wide) {
+    write_to(static_cast<float*>(out.begin));
+  } else {
+    write_to(static_cast<T*>(out.begin));
+  }
+}
+
 // R rows times C tiles.
 template <typename P, int R, int C>
 void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, int64_t tile,
            const Out& out, Ahead& ahead) {
-  constexpr int V = C * kVectors;
+  constexpr int V = C * kVectors, kLine = 64 / sizeof(*x);
+  const bool more = row + R < a.m;
   const auto* w = static_cast<const typename P::W*>(a.weight) + tile * depth * kTile;
   Float sums[R][V];
-  for (auto& sum : sums)
-    for (auto& s : sum) s = zero();
+  each<R>([&](auto r) { each<V>([&](auto v) { sums[r][v] = zero(); }); });
   const typename P::X* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = x + (row + r) * depth;
   // Cached for writing by the time sums are there: a store that has to wait for memory holds up the next block's.
@@ -74,17 +94,23 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
     for (int64_t c = 0; c < C * kTile * size; c += 64)
       __builtin_prefetch(static_cast<const char*>(out.begin) + out.at(row + r, tile) * size + c, 1);
   for (int64_t k = 0; k < depth; ++k) {
+    if (more && k % kLine == 0)  // the next rows, which are further away than the weights
+      each<R>([&](auto r) { __builtin_prefetch(rows[r] + R * depth + k); });
     ahead.fetch<C>(reinterpret_cast<const char*>(w), kTile * int64_t(sizeof(*w)), depth, k);
     decltype(P::columns(w)) columns[V];
-    for (int v = 0; v < V; ++v)
+    each<V>([&](auto v) {
       columns[v] = P::columns(w + ((v / kVectors) * depth + k) * kTile + (v % kVectors) * kLanes);
-    for (int r = 0; r < R; ++r) {
+    });
+    each<R>([&](auto r) {
       auto x = P::row(read(rows[r] + k));
-      for (int v = 0; v < V; ++v) sums[r][v] = P::step(sums[r][v], columns[v], x);
-    }
+      each<V>([&](auto v) { sums[r][v] = P::step(sums[r][v], columns[v], x); });
+    });
   }
+  if (a.n - tile * kTile >= C * kTile) return write_whole<typename P::T>(a, out, row, tile, sums);
+  Float copies[R][V];  // what is handed over by address lies in memory: if `sums` were, from the start
+  each<R>([&](auto r) { each<V>([&](auto v) { copies[r][v] = sums[r][v]; }); });
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) write_tile<typename P::T>(a, out, row + r, tile + c, sums[r] + c * kVectors);
+    for (int c = 0; c < C; ++c) write_tile<typename P::T>(a, out, row + r, tile + c, copies[r] + c * kVectors);
 }
 
 // A thread's products of rows of x with panels of kTiles tiles.
@@ -93,7 +119,7 @@ struct Multiplier {
   static constexpr int kHigh = kRows, kTiles = kWide, kMost = 96;  // rows at once; tiles; rows of a chunk
   static constexpr int64_t kChunkBytes = 256 << 10;                // of x that a thread goes over tile by tile
 
-  static bool fetches_ahead(int64_t chunks) { return chunks == 1; }
+  static bool fetches_ahead(bool last_chunk) { return last_chunk; }
 
   void panel(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
              int64_t last, const Out& out, Ahead& ahead) {
@@ -122,7 +148,7 @@ struct Multiplier<Pairs> {
   // How far ahead weights are fetched that one block of rows reads: two tiles of it are what memory takes its time for.
   static constexpr int64_t kLead = 2 * kTile;
 
-  static bool fetches_ahead(int64_t) { return true; }
+  static bool fetches_ahead(bool) { return true; }
 
   void panel(const Linear& a, const uint32_t* x, int64_t depth, int64_t first, int64_t end, int64_t tile, int64_t last,
              const Out& out, Ahead& ahead) {
@@ -191,7 +217,7 @@ void product(const Linear& a, const typename P::X* x, int64_t depth) {
       Ahead ahead;
       if (const int64_t blocks = (end - first + M::kHigh - 1) / M::kHigh; blocks > 1)
         ahead.lines = (M::kTiles + blocks - 1) / blocks;
-      if (M::fetches_ahead(chunks) && next < all_tiles) {
+      if (M::fetches_ahead(end == a.m) && next < all_tiles) {
         ahead.at = static_cast<const char*>(a.weight) + next * tile_bytes;
         ahead.end = ahead.at + std::min<int64_t>(all_tiles - next, M::kTiles) * tile_bytes;
       }
