@@ -10,6 +10,7 @@ code are imported inside the commands.
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import json
 import math
@@ -145,8 +146,9 @@ def _generate(args: argparse.Namespace) -> None:
         outputs = llm.generate(prompts, params)
     seconds = time.perf_counter() - begun
     if args.json:
+        lacking = codecs.lookup(sys.stdout.encoding).name != "utf-8"
         for text, output in zip(texts, outputs, strict=True):
-            print(json.dumps(_record(text, output), ensure_ascii=False))
+            print(json.dumps(_record(text, output), ensure_ascii=lacking))
     elif not args.stream:
         _print_texts(texts, outputs)
     sys.stdout.flush()  # before the table, where both go to one terminal

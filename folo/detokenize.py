@@ -41,6 +41,11 @@ class TextState:
     held: int  # tokens at the end of `window` that have added nothing to `text` yet
 
     @property
+    def certain_text(self) -> str:
+        """What later tokens cannot change: of `pending`, too, what stands before an unfinished character."""
+        return self.text + self.pending.rstrip(_REPLACEMENT)
+
+    @property
     def final_text(self) -> str:
         """The text when no more tokens come: what was held back is part of it."""
         return self.text + self.pending

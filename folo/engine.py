@@ -116,7 +116,9 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to compute or to hand out."""
         # What a step in flight ends counts until `step` has landed it.
-        return bool(self.state.running or self.state.waiting) or not self._done.keys() <= self._streams
+        state = self.state
+        queued = state.running or state.waiting or state.finished.length  # those, if the state was set
+        return bool(queued) or not self._done.keys() <= self._streams
 
     def step(self) -> list[RequestOutput]:
         """Run one step: the outputs so far of requests that got tokens, and those that have ended."""
@@ -257,12 +259,11 @@ class LLMEngine:
             self._streams.add(id)
             while id not in self._done:
                 self._advance()
-                for sequence in self._unfinished({id})[id] if id not in self._done else ():
-                    text = self._texts.settled(self.tokenizer, sequence)
-                    safe = detokenize.stream_safe_length(text, cast("Sequence[str]", request.sampling.stop))
-                    if safe > shown:
-                        shown, piece = safe, text[shown:safe]
-                        yield piece
+                text = "" if id in self._done else self._settled(id)
+                safe = detokenize.stream_safe_length(text, cast("Sequence[str]", request.sampling.stop))
+                if safe > shown:
+                    shown, piece = safe, text[shown:safe]
+                    yield piece
             if rest := self._done[id].outputs[0].text[shown:]:
                 yield rest
             return self._done[id]
@@ -275,12 +276,17 @@ class LLMEngine:
                 self._done.pop(id, None)
             self._streams.discard(id)
 
+    def _settled(self, id: str) -> str:
+        # Not in the generator, which would hold the sequence, and its blocks, for as long as it is suspended.
+        return "".join(self._texts.settled(self.tokenizer, s) for s in self._unfinished({id})[id])
+
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
-        # What is kept for the way back holds no blocks: a state that did would pin the whole cache.
-        begun, before = time.perf_counter(), self.state
-        self.state = landed(before)
-        self._note(before.in_flight, begun)
+        # Neither what is kept for the way back nor this frame may hold blocks: a state that did would pin all
+        # that is cached, and nothing of it could be evicted.
+        begun, known = time.perf_counter(), self.state.in_flight
+        self.state = landed(self.state)
+        self._note(known, begun)
         kept = vacate(self.state), self._next_id, dict(self._clocks), dict(self._done)
         try:
             yield

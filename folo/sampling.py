@@ -361,6 +361,6 @@ def _callables(processors: Any) -> tuple[Transform, ...]:
 def _elements(name: str, values: Any) -> tuple[Any, ...]:
     if values is None:
         return ()
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
         raise RequestError(f"{name} must be a sequence, got {values!r}")
     return tuple(values)

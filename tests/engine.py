@@ -220,11 +220,13 @@ class Oracle:
                     text, shown = before, ids[:place]
                 continue
             if text and before and may_stop:
-                found = detokenize.find_stop(text.text, len(before.text), sampling.stop or ())
+                is_last = len(recipe.prompt) + count >= recipe.max_length
+                readable = text.final_text if is_last else text.certain_text
+                found = detokenize.find_stop(readable, len(before.certain_text), sampling.stop or ())
                 if found is not None:
                     reason, (at, stop) = "stop", found
                     end = at + len(stop) * sampling.include_stop_str_in_output
-                    text = replace(text, text=text.text[:end], pending="")
+                    text = replace(text, text=readable[:end], pending="")
                     continue
             if len(recipe.prompt) + count >= recipe.max_length:
                 reason = "length"

@@ -131,7 +131,12 @@ def test_a_child_without_a_seed_goes_on_in_its_parents_stream(tiny: folo.Params)
 def test_forced_tokens_are_output_for_all_children_or_for_each(tiny: folo.Params) -> None:
     state = started(tiny, replace(LONG, logprobs=1, frequency_penalty=0.5, repetition_penalty=1.2))
     recipe, oracle = recipe_of(state), Oracle(tiny)
-    for append, each in (([7, 7, 8], [[7, 7, 8]] * 3), ([[7], [], [8] * 11], [[7], [], [8] * 11])):
+    forms: list[tuple[Any, list[list[int]]]] = [
+        ([7, 7, 8], [[7, 7, 8]] * 3),
+        ([torch.tensor(7), torch.tensor(8)], [[7, 8]] * 3),
+        ([[7], [], [8] * 11], [[7], [], [8] * 11]),
+    ]
+    for append, each in forms:
         forked = folo.fork(state, "a", ["b", "c", "d"], keep=12, append=append, seeds=[None, 1, 2])
         folo.check(forked)
         outputs = folo.outputs(finish_all(tiny, forked))
@@ -367,6 +372,7 @@ def test_seeds_and_tokens_may_be_numpys_and_are_kept_as_ints(tiny: folo.Params, 
         ({"append": [300]}, r"token id 300 is outside the vocabulary, \[0, 300\)"),
         ({"append": [-1]}, "token id -1"),
         ({"append": [1.5]}, "token ids must be ints"),
+        ({"append": b"ab"}, "token ids must be ints, got b'ab'"),
         ({"append": 5}, "append=5 is no list of token ids"),
         ({"append": [[4], [4], [4]], "children": ["b", "c"]}, "3 lists to append for 2 children"),
         ({"append": [[4], [300]], "children": ["b", "c"]}, "token id 300"),

@@ -120,6 +120,16 @@ class TestGenerate:
                 "seed": 7,
             }
 
+    def test_json_loses_no_character_where_the_output_is_not_utf_8(
+        self, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for encoding, shown in (("ascii", b"\\u732b"), ("utf-8", "猫".encode())):
+            output = io.BytesIO()
+            monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding))
+            assert main(["generate", "--model", model, "--prompt", "猫", "--max-tokens", "1", "--json"]) == 0
+            assert shown in output.getvalue()
+            assert json.loads(output.getvalue())["prompt"] == "猫"
+
     def test_without_options_samples_as_the_model_asks(self, model: str, llm: LLM, capsys: Captured) -> None:
         assert main(["generate", "--model", model, "--prompt", "the cat", "--max-tokens", "5", "--json"]) == 0
         (record,) = records(capsys)

@@ -136,3 +136,15 @@ def test_memory_after_loading_is_the_weights_and_little_more() -> None:
     """Packed weights replace the plain ones, and loading leaves no holes: at most 1.15 times the weights."""
     done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True)
     assert 1 <= float(done.stdout) <= 1.15
+
+
+def test_a_stop_string_before_an_unfinished_character_is_found_at_once(
+    exact: folo.Params, tokenizer: Any
+) -> None:
+    torn = tokenizer.convert_tokens_to_ids("ĠâĢ")  # a space, and two of three bytes
+    assert tokenizer.decode([torn]) == " \ufffd"
+    for stop, most, text in ((" ", 5, ""), ("\ufffd", 1, " ")):
+        sampling = folo.SamplingParams(temperature=0, max_tokens=most, stop=[stop], logit_bias={torn: 1e4})
+        request = folo.Request([5], sampling, "a")
+        output = run(exact, [request], folo.CacheConfig(num_blocks=8), tokenizer=tokenizer)["a"].outputs[0]
+        assert (output.text, output.stop_reason, output.token_ids) == (text, stop, [torn])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -113,6 +114,17 @@ def test_any_bytes_read_as_the_whole_decoded_at_once(
     prompt = [*prompt, *encode(BYTES, "a")]
     full = decode(BYTES, [*prompt, *output], skip)
     assert decode(BYTES, prompt, skip) + text_of(BYTES, prompt, output, skip) == full
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["byte-level", "byte-fallback"])
+@given(st.lists(st.integers(0, 270), max_size=40), st.lists(st.integers(0, 258), max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_what_is_certain_no_later_token_changes(tokenizer: Any, output: list[int], prompt: list[int]) -> None:
+    output = [token % len(tokenizer) for token in output]
+    seen = states(tokenizer, prompt, output)
+    for before, after in pairwise(seen):
+        assert after.certain_text.startswith(before.certain_text)
+    assert seen[-1].final_text.startswith(seen[-1].certain_text)
 
 
 @given(st.text(max_size=30), st.text(max_size=12))

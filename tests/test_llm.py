@@ -54,6 +54,14 @@ class TestGenerate:
         assert output.prompt_logprobs is not None
         assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
 
+    def test_goes_on_when_the_cache_is_full(self, checkpoint: str) -> None:
+        """No call pins what the ones before it left in the prefix cache."""
+        llm = small_llm(checkpoint, num_blocks=16, max_num_seqs=2, max_num_batched_tokens=64)
+        for call in range(5):
+            prompts = [[3 + (call * 4 + n + i) % 250 for i in range(100)] for n in range(4)]
+            llm.generate(prompts, replace(SEEDED, max_tokens=4), use_tqdm=False)
+        assert folo.stats(llm.state).blocks_cached > 8
+
     def test_without_parameters_uses_those_of_generation_config(self, llm: LLM) -> None:
         assert llm.get_default_sampling_params() == SamplingParams(**MODEL_DEFAULTS)
         (default,) = llm.generate("the cat", use_tqdm=False)

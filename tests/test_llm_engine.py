@@ -73,6 +73,15 @@ class TestEngine:
         assert output.prompt == "the cat"
         engine.add_request("a", "x")
 
+    def test_hands_out_what_finished_in_a_state_that_was_set(self, engine: LLMEngine) -> None:
+        engine.add_request("a", "the cat", SEEDED)
+        engine.step()
+        engine.state = folo.finish(engine.state, "a", "stop", "mine")
+        assert engine.has_unfinished_requests()
+        (output,) = engine.step()
+        assert output.outputs[0].stop_reason == "mine"
+        assert not engine.has_unfinished_requests()
+
     def test_generate_stays_clear_of_ids_in_use(self, engine: LLMEngine) -> None:
         engine.add_request("0", "the cat", replace(SEEDED, max_tokens=1))
         engine.add_request("1", "the cat", replace(SEEDED, max_tokens=30))

@@ -96,6 +96,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": [-1]}, "stop_token_ids element must be"),
     ({"stop_token_ids": ["a"]}, "stop_token_ids element must be"),
     ({"stop_token_ids": 5}, "stop_token_ids must be a sequence"),
+    ({"stop_token_ids": b"ab"}, "stop_token_ids must be a sequence"),
     ({"logit_bias": torch.zeros(5)}, "logit_bias must map"),
     ({"logit_bias": {-1: 0.0}}, "logit_bias token id must be"),
     ({"logit_bias": {"1": 0.0}}, "logit_bias token id must be"),

@@ -182,6 +182,19 @@ def test_into_a_smaller_heap_cached_blocks_are_dropped_then_sequences_preempted(
         restored(tiny, path, tokenizer, cache=folo.CacheConfig(block_size=8, num_blocks=5))
 
 
+def test_no_sequence_can_be_longer_than_the_heap_that_a_state_comes_into(
+    tiny: folo.Params, tmp_path: Path
+) -> None:
+    limits = folo.SchedulerConfig(max_model_len=256)
+    state = folo.init(tiny, folo.CacheConfig(num_blocks=64), limits)
+    state = folo.submit(state, folo.Request([4, 5, 6], folo.SamplingParams(max_tokens=5), "a"))
+    folo.save(state, tmp_path / "state")
+    for num_blocks, longest in ((8, 128), (64, 256), (99, 256)):
+        again = folo.restore(tiny, tmp_path / "state", folo.CacheConfig(num_blocks=num_blocks))
+        assert (again.max_model_len, again.scheduler.max_model_len) == (longest, longest)
+        assert folo.outputs(finish_all(tiny, again)) == folo.outputs(finish_all(tiny, state))
+
+
 def test_another_block_size_takes_recomputation(tiny: folo.Params, tokenizer: Any, tmp_path: Path) -> None:
     state, path = everything(tiny, tokenizer), tmp_path / "state"
     folo.save(state, path)

@@ -84,6 +84,17 @@ class TestStream:
         assert texts == expected
         assert not llm.has_unfinished_requests()
 
+    def test_that_nobody_reads_pins_no_blocks(self, checkpoint: str) -> None:
+        llm = small_llm(checkpoint, num_blocks=32, max_num_seqs=2, max_num_batched_tokens=32)
+        prompts = [[3 + (n * 7 + i * i) % 250 for i in range(100)] for n in range(18)]
+        streams = [llm.stream(prompt, replace(SEEDED, max_tokens=3)) for prompt in prompts[:8]]
+        for stream in streams:
+            next(stream)
+        for _ in range(5):
+            llm.generate(prompts[8:], replace(SEEDED, max_tokens=8), use_tqdm=False)
+        texts = [text_of(output) for output in llm.generate(prompts[:8], replace(SEEDED, max_tokens=3))]
+        assert all(text.endswith("".join(stream)) for text, stream in zip(texts, streams, strict=True))
+
     def test_keeps_its_output_from_step(self, llm: LLM) -> None:
         expected = "".join(llm.stream("the cat", SEEDED))
         stream = llm.stream("the cat", SEEDED)

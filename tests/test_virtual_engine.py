@@ -94,6 +94,13 @@ def test_outputs_are_those_of_the_cpu(
     assert device.num_kernels > 0
 
 
+def test_a_heap_takes_the_memory_of_one_that_is_gone(tiny_dir: Path, device: VirtualCuda) -> None:
+    params = folo.load(tiny_dir, "float32", "cuda", use_tqdm=False)
+    share = folo.CacheConfig(gpu_memory_utilization=0.2)
+    sizes = [folo.init(params, share, TIGHT).cache.num_blocks for _ in range(3)]
+    assert sizes == [sizes[0]] * 3
+
+
 @pytest.mark.parametrize("mode", ["eager", "cudagraph"])
 def test_a_state_is_forked_saved_and_goes_on_on_another_device(
     mode: CompileMode, tiny_dir: Path, tmp_path: Path, device: VirtualCuda

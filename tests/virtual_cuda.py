@@ -58,9 +58,6 @@ def _stand_ins(device: VirtualCuda) -> dict[str, Any]:
     def allow_waits(mode: str) -> None:
         device.may_wait = mode != "error"
 
-    def allocated(_: Any = None) -> int:
-        return sum(memory.num_bytes for memory in device.memories.values())
-
     properties = SimpleNamespace(name="virtual", major=9, minor=0, total_memory=_TOTAL)
     return {
         "_lazy_init": lambda: None,
@@ -71,10 +68,10 @@ def _stand_ins(device: VirtualCuda) -> dict[str, Any]:
         "get_device_name": lambda _=None: properties.name,
         "get_device_capability": lambda _=None: (properties.major, properties.minor),
         "get_device_properties": lambda _=None: properties,
-        "mem_get_info": lambda _=None: (_TOTAL - allocated(), _TOTAL),
-        "memory_allocated": allocated,
-        "memory_reserved": allocated,
-        "empty_cache": lambda: None,
+        "mem_get_info": lambda _=None: (_TOTAL - device.reserved, _TOTAL),
+        "memory_allocated": lambda _=None: device.allocated,
+        "memory_reserved": lambda _=None: device.reserved,
+        "empty_cache": device.empty_cache,
         "synchronize": lambda _=None: device.finish(device.launched),
         "set_sync_debug_mode": allow_waits,
         "Event": partial(Event, device),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
 from typing import Any, ClassVar
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary, finalize
 
 import torch
 import triton_source
@@ -80,7 +80,8 @@ class VirtualCuda(TorchDispatchMode):
     """The device, while it is entered.
 
     waits: the calls that made the host wait for all that was launched, unless `may_wait` is False. memories:
-    by the addresses of their storages.
+    by the addresses of their storages. reserved: bytes, of those that are no longer in use too, as torch's
+    allocator keeps them.
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,7 @@ class VirtualCuda(TorchDispatchMode):
         self._later = deque[tuple[int, Callable[[], object]]]()
         self._pinned = WeakSet[Any]()
         self.memories = WeakValueDictionary[int, Memory]()
+        self.allocated = self.reserved = 0
         self._capturing: Graph | None = None
         self._loaded = set[str]()
 
@@ -189,9 +191,18 @@ class VirtualCuda(TorchDispatchMode):
         memory = self.memories.get(storage._cdata)
         if memory is None:
             memory = self.memories[storage._cdata] = Memory(storage.nbytes())
+            self._use(memory.num_bytes)
+            finalize(memory, self._use, -memory.num_bytes)
             if self._capturing is not None:
                 self._capturing.allocated(memory, host)
         return CudaTensor(host, memory)
+
+    def _use(self, num_bytes: int) -> None:
+        self.allocated += num_bytes
+        self.reserved = max(self.reserved, self.allocated)
+
+    def empty_cache(self) -> None:
+        self.reserved = self.allocated
 
     def _wrapped(self, func: Any, found: Any, leaves: list[Any]) -> Any:
         """Results as tensors of the device; what was changed in place is what was given."""

@@ -62,7 +62,8 @@ def parts(out: Path) -> list[Part]:
         return Part(name, ("folo", "bench", *options, *_SHAPE, *files), limit)
 
     # Most of the tests' time is Triton's, which compiles on one core; a library's warning is no failure here.
-    pytest = ("pytest", "-m", "cuda", *(("-n", "6") if find_spec("xdist") else ()), "-W", "default")
+    workers = str(min(12, max(2, (os.cpu_count() or 2) - 2)))
+    pytest = ("pytest", "-m", "cuda", *(("-n", workers) if find_spec("xdist") else ()), "-W", "default")
     sizes = ("--batches", "1", "8", "64", "256", "--contexts", "128", "1024", "8192")
     nano = "--workload", "nano", "--alone", "--repeats", "2"
     gptq = "folo", "bench", "gptq", "--device", "cuda", "--json", str(out / "gptq.json")
@@ -80,7 +81,8 @@ def parts(out: Path) -> list[Part]:
 def run(part: Part, limit: float, log: Path) -> Outcome:
     """Run a part from the checkout, for at most `limit` seconds; what it prints is added to the log."""
     begin = time.perf_counter()
-    own = {"PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1", **_environment()}
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **_environment()}
     with log.open("ab+") as file:
         start = file.seek(0, os.SEEK_END)
         process = subprocess.Popen(

@@ -145,15 +145,17 @@ def _stopped(tokenizer: Any, sequence: Sequence, token: int) -> dict[str, Any]:
         reason = token if chosen else None
         return {"text": text, "finish_reason": "stop", "stop_reason": reason, "stopped": True}
     changes: dict[str, Any] = {}
+    is_last = length >= origin.max_length
     if text is not None:
-        seen = len(text.text)
+        seen = len(text.certain_text)
         changes["text"] = text = detokenize.advance(tokenizer, text, (token,))
-        found = detokenize.find_stop(text.text, seen, params.stop or ()) if stopping else None
+        shown = text.final_text if is_last else text.certain_text
+        found = detokenize.find_stop(shown, seen, params.stop or ()) if stopping else None
         if found is not None:
             at, stop = found
             end = at + (len(stop) if params.include_stop_str_in_output else 0)
-            text = replace(text, text=text.text[:end], pending="")
+            text = replace(text, text=shown[:end], pending="")
             return {"text": text, "finish_reason": "stop", "stop_reason": stop}
-    if length >= origin.max_length:
+    if is_last:
         changes["finish_reason"] = "length"
     return changes

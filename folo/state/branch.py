@@ -171,11 +171,13 @@ def _forced(state: EngineState, id: str, append: Any, count: int) -> list[list[i
     what = f"fork of {id!r}"
     # Items of a tensor or an array are such themselves, and look like lists.
     append = () if append is None else append.tolist() if hasattr(append, "tolist") else append
+    if isinstance(append, bytes | bytearray):  # whose items are ints
+        return [_ids(state, what, append)] * count
     try:
         lists = list(append)
     except TypeError:
         raise RequestError(f"{what}: append={append!r} is no list of token ids") from None
-    if not lists or not hasattr(lists[0], "__iter__"):
+    if not lists or not hasattr(lists[0], "__iter__") or getattr(lists[0], "ndim", 1) == 0:
         return [_ids(state, what, lists)] * count
     if len(lists) != count:
         raise RequestError(f"{what}: {len(lists)} lists to append for {count} children")

@@ -235,6 +235,7 @@ def longest_sequence(
 
 def _heap_bytes(cache: CacheConfig, device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what dropped heaps left with torch's allocator is free, too
         free, total = torch.cuda.mem_get_info(device)
         return int(free - (1 - cache.gpu_memory_utilization) * total)
     return int(cache.kv_cache_gib * 2**30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,8 @@ def restore(
 
     Args:
         params: the weights it was saved with.
-        cache: another heap. In a smaller one, cached blocks are dropped, then sequences preempted.
+        cache: another heap. In a smaller one, cached blocks are dropped, then sequences preempted; no
+            sequence can be longer than it.
         transforms: the logits processors that its requests refer to, by name.
         recompute: drop all K and V, which are computed again here: on another instruction set or
             backend (where the bits may differ from there on), or with another block size.
@@ -69,7 +71,12 @@ def restore(
         )
     # The backend that it was made with: whoever chose it then did so knowing what it keeps.
     attention = "auto" if recompute else metadata.get("attention", "auto")
+    longest = scheduler.max_model_len
+    scheduler = replace(scheduler, max_model_len=None)  # this heap may hold less
     state = init(params, cache, scheduler, tokenizer, document["seed"], attention, deterministic=False)
+    if longest is not None:
+        scheduler = replace(scheduler, max_model_len=min(longest, state.max_model_len))
+        state = evolve(state, scheduler=scheduler)
     tokens = _lists(tensors, "tokens", "token_start")
     numbers = _lists(tensors, "tables", "table_start")
     blocks = _stand_ins(tensors, state.cache.enable_prefix_caching)

@@ -22,6 +22,7 @@ class _Folo:
         from folo.bench.serving import empty, serve
 
         if self._prompts != prompts:
+            self._empty = None  # before there is another heap: there may be no room for two
             self._prompts, self._empty = prompts, empty(self._params, prompts)
         run = serve(self._params, self._empty, prompts, self._step)  # the empty state has an empty cache
         return run.first_token, run.total, run.total

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 _BLOCKS, _BATCH_TOKENS = 1024, 1024  # of continuous batching on a CPU: its own choice is made for GPUs
+_GPU_SHARE = 0.5  # of the memory that is free: folo's heap lies on the same GPU
 
 
 class _Transformers:
@@ -73,8 +74,10 @@ class _Transformers:
         assert tokens == sum(wanted for _, wanted in prompts)
         return total, total, total
 
-    def _limits(self) -> dict[str, int]:
-        return {} if self._device == "cuda" else {"num_blocks": _BLOCKS, "max_batch_tokens": _BATCH_TOKENS}
+    def _limits(self) -> dict[str, float]:
+        if self._device == "cuda":
+            return {"max_memory_percent": _GPU_SHARE}
+        return {"num_blocks": _BLOCKS, "max_batch_tokens": _BATCH_TOKENS}
 
 
 class _Clock:
