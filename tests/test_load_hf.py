@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from checkpoints import ARCHITECTURES, plain, state_dict, tiny_checkpoint
 from gguf_files import tiny_gguf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -115,6 +116,27 @@ def test_stored_tensors_without_a_use_are_ignored(tmp_path: Path) -> None:
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(tensors, tmp_path / "model.safetensors")
     assert load(tmp_path, use_tqdm=False).lm_head is None
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "100KB"])
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t + t.eq(t[-1, -1])], ids=["shape", "value"])
+def test_a_stored_head_of_its_own_is_not_dropped(
+    tmp_path: Path, max_shard_size: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """transformers takes it, though tie_word_embeddings is true."""
+    model = tiny_checkpoint(tmp_path, max_shard_size=max_shard_size, vocab_size=20_000)
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = next(file for file in tmp_path.glob("*.safetensors") if head in load_file(file))
+    equal = model.state_dict()[embed]
+    save_file(load_file(file) | {head: equal.clone()}, file)
+    assert load(tmp_path, use_tqdm=False).lm_head is None
+    save_file(load_file(file) | {head: change(equal).contiguous()}, file)
+    with pytest.raises(
+        LoadError, match=f"tie_word_embeddings is true, but {head} differs from {embed}: set it"
+    ):
+        load(tmp_path, use_tqdm=False)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float", torch.int64, torch.float8_e4m3fn])

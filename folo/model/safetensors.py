@@ -24,6 +24,7 @@ from folo.ops.quantized import Grouped
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = (".qweight", ".qzeros", ".g_idx")  # of a GPTQ checkpoint, all int32
 _FIRST = "model.layers.0"
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PICKLES = (".bin", ".pt", ".pth")
 
 
@@ -75,6 +76,7 @@ class SafetensorsDirectory:
     def config(self, dtype: torch.dtype) -> DecoderConfig:
         """Quantisers add biases where the architecture has none, and untie an output layer to quantise it."""
         config = DecoderConfig.from_hf(self._config, self._generation, dtype)
+        self._refuse_other_head(config)
         if self._scheme is None:
             return config
 
@@ -88,6 +90,19 @@ class SafetensorsDirectory:
             mlp_bias=biased("mlp.gate_proj", config.mlp_bias),
             tie_word_embeddings=config.tie_word_embeddings and "lm_head.qweight" not in self._files,
         )
+
+    def _refuse_other_head(self, config: DecoderConfig) -> None:
+        """transformers takes the output layer that is stored, whatever tie_word_embeddings says."""
+        shape = (config.vocab_size, config.hidden_size)
+        if not config.tie_word_embeddings or _HEAD not in self._files or self._shapes.get(_EMBED) != shape:
+            return
+        if self._shapes[_HEAD] != shape or not all(
+            bool((self._rows(_HEAD, rows) == self._rows(_EMBED, rows)).all()) for rows in row_slabs(shape)
+        ):
+            raise LoadError(
+                f"tie_word_embeddings is true, but {_HEAD} differs from {_EMBED}: "
+                "set it to false in config.json."
+            )
 
     def quantized(self, module: str, shape: tuple[int, ...]) -> Grouped | None:
         scheme = self._scheme_of(module)
@@ -112,10 +127,13 @@ class SafetensorsDirectory:
 
     def read(self, name: str, out: Tensor) -> None:
         for rows in row_slabs(tuple(out.shape)):
-            # Opened anew for each slab: the file is memory-mapped, and the pages that were read stay
-            # resident, a second copy of the weights, until it is unmapped.
-            with safe_open(self._files[name], framework="pt") as file:
-                out[rows] = file.get_slice(name)[rows].to(out.device)
+            out[rows] = self._rows(name, rows).to(out.device)
+
+    def _rows(self, name: str, rows: slice) -> Tensor:
+        # Opened anew for each slab: the file is memory-mapped, and the pages that were read stay
+        # resident, a second copy of the weights, until it is unmapped.
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_slice(name)[rows]
 
     def _read_header(self, path: Path) -> None:
         try:
