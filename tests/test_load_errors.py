@@ -239,6 +239,12 @@ class TestGGUF:
             ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id is '</s>': it must be a token id"),
             ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
             ({"llama.rope.scale_linear": 4.0}, "rope scaling 'linear' is not supported"),
+            ({"llama.rope.scaling.factor": 4.0}, r"rope scaling 'linear' is not supported \(factor 4.0\)"),
+            (
+                {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+                r"rope scaling 'linear' is not supported \(factor 2.0\)",
+            ),
+            ({"llama.rope.scaling.attn_factor": 0.5}, "attn_factor 0.5 is not supported"),
             ({"llama.rope.dimension_count": 32}, "only 32 of 64 dimensions are rotated"),
             ({"llama.attention.value_length": 32}, "values of length 32"),
             ({"llama.attention.sliding_window": 128}, r"sliding window attention \(128\)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,6 +14,7 @@ from checkpoints import random_model, state_dict
 from gguf_files import tiny_gguf
 
 from folo.errors import LoadError
+from folo.model.config import RopeConfig
 from folo.model.gguf import GGUFFile, read_metadata
 from folo.model.load import load
 from folo.model.locate import locate
@@ -99,6 +101,24 @@ def test_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
     tiny_gguf(tmp_path / "wrong.gguf", tensors={"rope_freqs.weight": factors[:8]})
     with pytest.raises(LoadError, match=r"rope_freqs.weight has shape \(8,\), not \(32,\)"):
         load(tmp_path / "wrong.gguf", use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"factor": 0.0},
+        {"factor": 1.0, "attn_factor": 1.0},
+        {"type": "linear", "factor": 1.0},
+        {"type": "none", "factor": 4.0},
+    ],
+    ids=str,
+)
+def test_rope_scaling_without_effect_in_llama_cpp_is_accepted(
+    tmp_path: Path, scaling: dict[str, Any]
+) -> None:
+    metadata = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+    tiny_gguf(tmp_path / "model.gguf", metadata=metadata)
+    assert load(tmp_path / "model.gguf", use_tqdm=False).config.rope == RopeConfig(theta=10000.0)
 
 
 def test_header_holds_what_the_gguf_library_reads() -> None:

@@ -191,11 +191,14 @@ class GGUFFile:
 
     def _refuse_unsupported(self, arch: str, head_dim: int, context: int) -> None:
         """What would change the model's outputs if it were ignored."""
-        scaling = self._metadata.get(f"{arch}.rope.scaling.type", "none")
-        linear = self._metadata.get(f"{arch}.rope.scale_linear", 1.0)
-        if scaling != "none" or linear != 1.0:
-            name = scaling if scaling != "none" else "linear"
-            raise LoadError(f"{self._path}: rope scaling {name!r} is not supported.")
+        scaling = self._metadata.get(f"{arch}.rope.scaling.type", "linear")  # as llama.cpp takes it
+        linear = self._metadata.get(f"{arch}.rope.scale_linear")  # the factor's older name
+        factor = self._metadata.get(f"{arch}.rope.scaling.factor", linear)
+        if scaling not in ("none", "linear") or (scaling == "linear" and factor not in (None, 0, 1)):
+            raise LoadError(f"{self._path}: rope scaling {scaling!r} is not supported (factor {factor}).")
+        attention = self._metadata.get(f"{arch}.rope.scaling.attn_factor", 1)
+        if attention != 1:
+            raise LoadError(f"{self._path}: rope scaling with attn_factor {attention} is not supported.")
         rotary = positive_int(self._metadata, f"{arch}.rope.dimension_count", head_dim)
         if rotary != head_dim:
             raise LoadError(
