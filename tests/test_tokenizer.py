@@ -111,29 +111,68 @@ def test_bos_is_added_where_the_file_or_its_kind_says_so(
     assert tokenizer.encode("the", add_special_tokens=False)[0] != 1
 
 
-@pytest.mark.parametrize(
-    ("ends", "expected"),
-    [
-        ({}, ["<s>", "▁hi", "▁ho"]),
-        ({"bos": True, "eos": True}, ["<s>", "▁hi", "▁ho", "</s>"]),
-        ({"bos": False}, ["▁hi", "▁ho"]),
-    ],
-)
-def test_sentencepiece_in_gguf(ends: dict[str, bool], expected: list[str], tmp_path: Path) -> None:
-    words = ["▁", "h", "i", "o", "hi", "▁hi", "ho", "▁ho"]
+def sentencepiece_metadata(words: list[str], **options: Any) -> dict[str, Any]:
+    """A vocabulary in which an earlier word has a better score."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
-    metadata: dict[str, Any] = {
+    return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": [-float(index) for index in range(len(tokens))],
         "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(words),
         "tokenizer.ggml.unknown_token_id": 0,
-        **{f"tokenizer.ggml.add_{end}_token": value for end, value in ends.items()},
+        **{f"tokenizer.ggml.{key}": value for key, value in options.items()},
     }
-    tiny_gguf(tmp_path / "model.gguf", metadata=metadata, vocab_size=len(tokens))
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({}, ["<s>", "▁hi", "▁ho"]),
+        ({"add_bos_token": True, "add_eos_token": True}, ["<s>", "▁hi", "▁ho", "</s>"]),
+        ({"add_bos_token": False}, ["▁hi", "▁ho"]),
+    ],
+)
+def test_sentencepiece_in_gguf(ends: dict[str, bool], expected: list[str], tmp_path: Path) -> None:
+    words = ["▁", "h", "i", "o", "hi", "▁hi", "ho", "▁ho"]
+    tiny_gguf(tmp_path / "model.gguf", metadata=sentencepiece_metadata(words, **ends))
     tokenizer = load_tokenizer(tmp_path / "model.gguf")
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi ho")) == expected
     assert tokenizer.decode(tokenizer.encode("hi ho é"), skip_special_tokens=True) == "hi ho é"
+
+
+WORDS = [*"▁thecandé", "▁t", "he", "▁the", "ca", "▁c", "▁▁", "▁a", "▁▁▁▁", "nd", "at", "cat", "▁and"]
+SPACED = (" the", "   the cat", "the  cat     and", "  ", "the cat ", "éñ 世🙂", "\n the\t ca", "▁the", "")
+
+
+def merged_by_score(text: str, words: list[str]) -> list[str]:
+    """sentencepiece's BPE: the neighbours whose union has the best score are joined, until there are none."""
+    pieces = list(text.replace(" ", "▁"))
+    while True:
+        unions = {at: "".join(pieces[at : at + 2]) for at in range(len(pieces) - 1)}
+        known = [(words.index(union), at) for at, union in unions.items() if union in words]
+        if not known:
+            break
+        at = min(known)[1]
+        pieces[at : at + 2] = [unions[at]]
+    split = ([p] if p in words else [f"<0x{byte:02X}>" for byte in p.encode()] for p in pieces)
+    return [piece for parts in split for piece in parts]
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_sentencepiece_keeps_every_space(prefix: bool | None, tmp_path: Path) -> None:
+    metadata = sentencepiece_metadata(WORDS, add_space_prefix=prefix)
+    tiny_gguf(tmp_path / "model.gguf", metadata=metadata)
+    tokenizer = load_tokenizer(tmp_path / "model.gguf")
+
+    def expected(text: str) -> list[str]:
+        return merged_by_score(text if prefix is False or not text else f" {text}", WORDS)
+
+    for text in (*SPACED, *TEXTS):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.convert_ids_to_tokens(ids) == expected(text)
+        assert tokenizer.decode(ids) == text.replace("▁", " ")
+        around = tokenizer.convert_ids_to_tokens(tokenizer.encode(f"the</s>{text}<s>"))
+        assert around == ["<s>", *expected("the"), "</s>", *expected(text), "<s>"]
 
 
 def test_directory_has_its_own_tokenizer(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerBase:
         tokenizer: Any = _by_its_class(path.parent, gguf_file=path.name)
         for role, token in special.items():
             setattr(tokenizer, role, token)
+        _space_as_sentencepiece(tokenizer.backend_tokenizer, metadata)
         tokenizer.backend_tokenizer.post_processor = _ends(metadata, add_bos=True)
         return tokenizer
     return PreTrainedTokenizerFast(
@@ -107,6 +108,21 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerBase:
         model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
         **special,
     )
+
+
+def _space_as_sentencepiece(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
+    """A space before every text, and behind every special token, unless the file says otherwise.
+
+    transformers adds none where the text begins with one already, and has no eye for the file's flag.
+    """
+    spaces: list[Any] = [normalizers.Replace(" ", "▁")]
+    pieces: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend("▁"))
+        pieces.append(decoders.Strip(" ", 1, 0))
+    tokenizer.pre_tokenizer = None
+    tokenizer.normalizer = normalizers.Sequence(spaces)
+    tokenizer.decoder = decoders.Sequence(pieces)
 
 
 def _byte_level_bpe(path: Path, metadata: dict[str, Any]) -> Tokenizer:
