@@ -306,6 +306,7 @@ class TestErrors:
             ({"bits": 3}, "bits is 3: only 2, 4, 8 are supported"),
             ({"bits": "4"}, "bits is '4'"),
             ({"bits": None}, "bits is None"),
+            ({"bits": 4.0}, "bits is 4.0: only 2, 4, 8 are supported"),
             ({"group_size": 0}, "group_size is 0"),
             ({"group_size": True}, "group_size is True"),
             ({"pack_dtype": "int16"}, "pack_dtype is 'int16'"),

@@ -224,7 +224,10 @@ class TestBadInput:
         ("values", "message"),
         [
             ({"bits": 3}, "bits=3: expected one of 2, 4, 8"),
+            ({"bits": 4.0}, "bits=4.0: expected one of 2, 4, 8"),
             ({"group_size": 0}, "group_size=0"),
+            ({"group_size": 32.0}, "group_size=32.0: expected a positive integer, or -1"),
+            ({"group_size": True}, "group_size=True"),
             ({"damp": 0.0}, r"damp=0.0"),
         ],
     )

@@ -90,10 +90,10 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def _checked(scheme: Scheme) -> Scheme:
-    if scheme.bits not in BITS:
+    if type(scheme.bits) is not int or scheme.bits not in BITS:  # 4.0 is among them too
         raise LoadError(f"bits is {scheme.bits!r}: only {', '.join(map(str, BITS))} are supported.")
     size = scheme.group_size
-    if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and size <= 0):
+    if type(size) is not int or (size != -1 and size <= 0):
         raise LoadError(f"group_size is {size!r}: it must be a positive integer, or -1 for whole columns.")
     return scheme
 

@@ -39,10 +39,10 @@ class QuantConfig:
     clip: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:  # 4.0 is among them too
             raise ConfigError(f"bits={self.bits!r}: expected one of {', '.join(map(str, BITS))}")
-        if self.group_size != -1 and self.group_size < 1:
-            raise ConfigError(f"group_size={self.group_size!r}: expected a positive number, or -1")
+        if type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1):
+            raise ConfigError(f"group_size={self.group_size!r}: expected a positive integer, or -1")
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp={self.damp!r}: expected a number between 0 and 1")
 
