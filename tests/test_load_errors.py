@@ -166,10 +166,14 @@ class TestDirectory:
         ("index", "message"),
         [
             ({"weight_map": {"x": "../model.safetensors"}}, "not a plain file name"),
+            ({"weight_map": {"x": ".."}}, "names the shard '..', which is not a plain file name"),
+            ({"weight_map": {"x": "."}}, "names the shard '.', which is not a plain file name"),
+            ({"weight_map": {"x": ""}}, "names the shard '', which is not a plain file name"),
+            ({"weight_map": {"x": "a" * 5000}}, "names the shard a+, which is missing"),
             ({"weight_map": ["x"]}, "no weight_map"),
             ({}, "no weight_map"),
         ],
-        ids=str,
+        ids=lambda value: str(value)[:60],
     )
     def test_index_that_is_damaged(self, directory: Path, index: dict[str, Any], message: str) -> None:
         (directory / "model.safetensors").unlink()

@@ -6,6 +6,7 @@ Format: https://huggingface.co/docs/safetensors. Weights in pickle files are ref
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -186,8 +187,8 @@ def _weight_files(path: Path) -> list[Path]:
         raise LoadError(f"{index} has no weight_map of tensor names to files.")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if Path(shard).name != shard:
+        if shard in ("", "..") or Path(shard).name != shard:
             raise LoadError(f"{index} names the shard {shard!r}, which is not a plain file name.")
-        if not (path / shard).exists():
+        if not os.path.exists(path / shard):  # Path.exists raises where a name is too long
             raise LoadError(f"{index} names the shard {shard}, which is missing.")
     return [path / shard for shard in shards]
