@@ -195,7 +195,7 @@ class TestDirectory:
             ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan: it must be a positive number"),
             ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf"),
             ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
-            ({"num_hidden_layers": 10**9}, "1000000000 layers are not supported"),
+            ({"num_hidden_layers": 10**9, "layer_types": None}, "1000000000 layers are not supported"),
             ({"architectures": ["MistralForCausalLM"], "sliding_window": "x"}, "sliding_window is 'x'"),
             (
                 {"rope_parameters": _LLAMA3 | {"original_max_position_embeddings": "64"}},

@@ -250,6 +250,9 @@ def test_sampling_defaults_come_from_the_generation_config() -> None:
     greedy = {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1}
     assert read(greedy).sampling_defaults == (("repetition_penalty", 1.1),)
     assert read().sampling_defaults == ()
+    assert read({"temperature": 0.6}).sampling_defaults == (("temperature", 0.6),)
+    with pytest.raises(LoadError, match="do_sample is 'false': it must be a bool"):
+        read({"do_sample": "false", "temperature": 0.6})
 
 
 @pytest.mark.parametrize(
@@ -272,8 +275,11 @@ def test_sampling_defaults_come_from_the_generation_config() -> None:
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ between layers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "Sliding window"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, r"layer_types is .*'chunked_attention'\]"),
+        ({"layer_types": ["full_attention"]}, "'full_attention' for each of 2 layers"),
+        ({"layer_types": [None, None]}, r"layer_types is \[None, None\]"),
         ({"architectures": ["MistralForCausalLM"]}, r"Sliding window attention \(sliding_window 4096\)"),
-        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "Sliding window"),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "sliding_window 4096"),
     ],
     ids=str,
 )
@@ -287,6 +293,8 @@ def test_sliding_window_without_effect_is_accepted() -> None:
     assert read(**mistral, sliding_window=4096, max_position_embeddings=4096).num_kv_heads == 2
     qwen = {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}
     assert read(**qwen, sliding_window=16, use_sliding_window=False).qkv_bias
+    assert read(**qwen, sliding_window=None, use_sliding_window=True).qkv_bias
+    assert read(**qwen, layer_types=["full_attention"] * 2).qkv_bias
 
 
 _MEASURE = """

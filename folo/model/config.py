@@ -22,8 +22,17 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "sliding_window": 4096,
     },
-    "Qwen2ForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "Qwen3ForCausalLM": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "Qwen2ForCausalLM": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+    },
+    "Qwen3ForCausalLM": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+    },
 }
 
 _DEFAULT_EOS = {
@@ -179,14 +188,18 @@ def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise LoadError(f"hidden_act is {activation!r}: only 'silu' is supported.")
+    window = config.get("sliding_window")
     if architecture == "MistralForCausalLM":
         context = positive_int(config, "max_position_embeddings")
         slides = positive_int(config, "sliding_window", context) < context
     else:
-        slides = architecture.startswith("Qwen") and flag(config, "use_sliding_window")
-    if slides or "sliding_attention" in (typed(config, "layer_types", list) or ()):
-        window = config.get("sliding_window")
+        slides = architecture.startswith("Qwen") and flag(config, "use_sliding_window") and window is not None
+    types = typed(config, "layer_types", list)
+    if slides or "sliding_attention" in (types or ()):
         raise LoadError(f"Sliding window attention (sliding_window {window}) is not supported.")
+    layers = positive_int(config, "num_hidden_layers")
+    if types is not None and (len(types) != layers or any(kind != "full_attention" for kind in types)):
+        raise LoadError(f"layer_types is {types!r}: it must be 'full_attention' for each of {layers} layers.")
 
 
 def _rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
@@ -225,7 +238,8 @@ def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> 
 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
-    keys = _SAMPLING_KEYS if generation.get("do_sample", True) else ("repetition_penalty",)
+    greedy = typed(generation, "do_sample", bool) is False
+    keys = ("repetition_penalty",) if greedy else _SAMPLING_KEYS
     return tuple(sorted((key, generation[key]) for key in keys if generation.get(key) is not None))
 
 
