@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import version
@@ -53,7 +52,6 @@ def load(library: torch.library.Library) -> None:
 
 def _implementation(name: str) -> Callable[..., Any]:
     oracle = getattr(reference if hasattr(reference, name) else sampler, name)
-    kernel = cache(lambda: getattr(import_module(f"folo.ops.cuda.{KERNELS[name]}"), name))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         missing = _missing(args[0].device)
@@ -61,7 +59,7 @@ def _implementation(name: str) -> Callable[..., Any]:
             warnings.warn(f"folo runs its slow reference ops: {missing}", RuntimeWarning, stacklevel=2)
         if missing is not None or args[0].dtype == torch.float64:
             return oracle(*args, **kwargs)
-        return kernel()(*args, **kwargs)
+        return getattr(import_module(f"folo.ops.cuda.{KERNELS[name]}"), name)(*args, **kwargs)
 
     return run
 
