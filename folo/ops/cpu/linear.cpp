@@ -81,8 +81,7 @@ template <typename T, int R, int V>
 template <typename P, int R, int C>
 void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, int64_t tile,
            const Out& out, Ahead& ahead) {
-  constexpr int V = C * kVectors, kLine = 64 / sizeof(*x);
-  const bool more = row + R < a.m;
+  constexpr int V = C * kVectors;
   const auto* w = static_cast<const typename P::W*>(a.weight) + tile * depth * kTile;
   Float sums[R][V];
   each<R>([&](auto r) { each<V>([&](auto v) { sums[r][v] = zero(); }); });
@@ -94,8 +93,6 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
     for (int64_t c = 0; c < C * kTile * size; c += 64)
       __builtin_prefetch(static_cast<const char*>(out.begin) + out.at(row + r, tile) * size + c, 1);
   for (int64_t k = 0; k < depth; ++k) {
-    if (more && k % kLine == 0)  // the next rows, which are further away than the weights
-      each<R>([&](auto r) { __builtin_prefetch(rows[r] + R * depth + k); });
     ahead.fetch<C>(reinterpret_cast<const char*>(w), kTile * int64_t(sizeof(*w)), depth, k);
     decltype(P::columns(w)) columns[V];
     each<V>([&](auto v) {
@@ -119,7 +116,7 @@ struct Multiplier {
   static constexpr int kHigh = kRows, kTiles = kWide, kMost = 96;  // rows at once; tiles; rows of a chunk
   static constexpr int64_t kChunkBytes = 256 << 10;                // of x that a thread goes over tile by tile
 
-  static bool fetches_ahead(bool last_chunk) { return last_chunk; }
+  static bool fetches_ahead(int64_t chunks) { return chunks == 1; }
 
   void panel(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
              int64_t last, const Out& out, Ahead& ahead) {
@@ -148,7 +145,7 @@ struct Multiplier<Pairs> {
   // How far ahead weights are fetched that one block of rows reads: two tiles of it are what memory takes its time for.
   static constexpr int64_t kLead = 2 * kTile;
 
-  static bool fetches_ahead(bool) { return true; }
+  static bool fetches_ahead(int64_t) { return true; }
 
   void panel(const Linear& a, const uint32_t* x, int64_t depth, int64_t first, int64_t end, int64_t tile, int64_t last,
              const Out& out, Ahead& ahead) {
@@ -217,7 +214,7 @@ void product(const Linear& a, const typename P::X* x, int64_t depth) {
       Ahead ahead;
       if (const int64_t blocks = (end - first + M::kHigh - 1) / M::kHigh; blocks > 1)
         ahead.lines = (M::kTiles + blocks - 1) / blocks;
-      if (M::fetches_ahead(end == a.m) && next < all_tiles) {
+      if (M::fetches_ahead(chunks) && next < all_tiles) {
         ahead.at = static_cast<const char*>(a.weight) + next * tile_bytes;
         ahead.end = ahead.at + std::min<int64_t>(all_tiles - next, M::kTiles) * tile_bytes;
       }

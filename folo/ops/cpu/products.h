@@ -1,7 +1,6 @@
 // Products of two rows, as attention takes them: of what lies in units of 4 bytes, each one element or two.
 #pragma once
 
-#include "blocks.h"
 #include "tiles.h"
 
 namespace folo::FOLO_ISA {
@@ -36,14 +35,16 @@ template <typename A, int R, int C, typename Columns>
 inline void row_block(const typename A::X* rows, int64_t row_stride, int64_t depth, float* out, int64_t out_stride,
                       Columns columns) {
   Float sums[R][C];
-  each<R>([&](auto r) { each<C>([&](auto c) { sums[r][c] = zero(); }); });
+  for (auto& sum : sums)
+    for (auto& s : sum) s = zero();
   for (int64_t u = 0; u < depth; ++u) {
-    each<C>([&](auto c) {
+    for (int c = 0; c < C; ++c) {
       const auto many = A::columns(reinterpret_cast<const typename A::W*>(columns(u, c)));
-      each<R>([&](auto r) { sums[r][c] = A::step(sums[r][c], many, A::row(rows[r * row_stride + u])); });
-    });
+      for (int r = 0; r < R; ++r) sums[r][c] = A::step(sums[r][c], many, A::row(rows[r * row_stride + u]));
+    }
   }
-  each<R>([&](auto r) { each<C>([&](auto c) { store(out + r * out_stride + c * kLanes, sums[r][c]); }); });
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(out + r * out_stride + c * kLanes, sums[r][c]);
 }
 
 }  // namespace folo::FOLO_ISA
