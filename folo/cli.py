@@ -146,9 +146,9 @@ def _generate(args: argparse.Namespace) -> None:
         outputs = llm.generate(prompts, params)
     seconds = time.perf_counter() - begun
     if args.json:
-        lacking = codecs.lookup(sys.stdout.encoding).name != "utf-8"
+        only_ascii = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"  # no encoding: a StringIO
         for text, output in zip(texts, outputs, strict=True):
-            print(json.dumps(_record(text, output), ensure_ascii=lacking))
+            print(json.dumps(_record(text, output), ensure_ascii=only_ascii))
     elif not args.stream:
         _print_texts(texts, outputs)
     sys.stdout.flush()  # before the table, where both go to one terminal

@@ -115,10 +115,11 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to compute or to hand out."""
-        # What a step in flight ends counts until `step` has landed it.
+        # What a step in flight ends counts until `step` has landed it; what has finished is in the state only
+        # if that was set from outside.
         state = self.state
-        queued = state.running or state.waiting or state.finished.length  # those, if the state was set
-        return bool(queued) or not self._done.keys() <= self._streams
+        left = state.running or state.waiting or state.finished.length
+        return bool(left) or not self._done.keys() <= self._streams
 
     def step(self) -> list[RequestOutput]:
         """Run one step: the outputs so far of requests that got tokens, and those that have ended."""

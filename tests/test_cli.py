@@ -129,6 +129,9 @@ class TestGenerate:
             assert main(["generate", "--model", model, "--prompt", "猫", "--max-tokens", "1", "--json"]) == 0
             assert shown in output.getvalue()
             assert json.loads(output.getvalue())["prompt"] == "猫"
+        monkeypatch.setattr(sys, "stdout", text := io.StringIO())  # it has no encoding
+        assert main(["generate", "--model", model, "--prompt", "猫", "--max-tokens", "1", "--json"]) == 0
+        assert json.loads(text.getvalue())["prompt"] == "猫"
 
     def test_without_options_samples_as_the_model_asks(self, model: str, llm: LLM, capsys: Captured) -> None:
         assert main(["generate", "--model", model, "--prompt", "the cat", "--max-tokens", "5", "--json"]) == 0

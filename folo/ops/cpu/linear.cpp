@@ -104,7 +104,7 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
     });
   }
   if (a.n - tile * kTile >= C * kTile) return write_whole<typename P::T>(a, out, row, tile, sums);
-  Float copies[R][V];  // what is handed over by address lies in memory: if `sums` were, from the start
+  Float copies[R][V];  // for write_tile, which takes an address: what has one is kept in memory throughout
   each<R>([&](auto r) { each<V>([&](auto v) { copies[r][v] = sums[r][v]; }); });
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) write_tile<typename P::T>(a, out, row + r, tile + c, copies[r] + c * kVectors);
