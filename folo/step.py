@@ -202,7 +202,7 @@ def _sample(params: Params, hidden: Tensor, tile: Rows, rows: RowPlan, numbers: 
     processed = processed.clone() if own else processed
     for place in own:
         if not (row := rows[numbers[place]]).of_prompt:
-            processed[place] = _transformed(processed[place], row)
+            processed[place] = _transformed(processed[place].clone(), row)  # which may keep what it is given
     return device.sample(raw, processed, tile)
 
 

@@ -200,6 +200,18 @@ def test_a_logits_processor_sees_its_own_row_and_decides(tiny: folo.Params) -> N
     assert all(tuple(c.prompt_ids) == tuple(ids) for c in seen)
 
 
+def test_the_logits_that_a_logits_processor_is_given_are_its_to_keep(tiny: folo.Params) -> None:
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def recorder(logits: Tensor, context: Context) -> Tensor:
+        kept.append((logits, logits.clone()))
+        return forced(9, 8, 7)(logits, context)
+
+    one(tiny, prompt(5), logits_processors=[recorder], max_tokens=3, n=2, seed=1)
+    assert len(kept) == 6
+    assert all(torch.equal(logits, given) for logits, given in kept)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
