@@ -4,8 +4,9 @@ A transform is `(logits, context) -> logits`; `chain` composes them:
 
     chain(temperature(0.7), top_k(50), top_p(0.95))(logits)
 
-They are thin: the arithmetic is that of `folo.ops.sampler`, which the engine runs on whole batches, so
-that a transform and the engine agree bit for bit.
+They are thin: the arithmetic is that of `folo.ops.sampler`, in plain torch, so gradients pass through them.
+The engine's kernels do the same to whole batches, and differ in the last bit of an exponential at most:
+min-p and top-p may part where a token meets their bound to that bit; all else agrees bit for bit.
 """
 
 import hashlib
