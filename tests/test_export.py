@@ -40,7 +40,7 @@ LLAMA3 = {
 def test_transformers_loads_the_same_model(
     architecture: str, overrides: dict[str, Any], pack: bool, tmp_path: Path
 ) -> None:
-    generation = {"temperature": 0.7, "top_k": 20, "eos_token_id": [2, 7]}
+    generation = {"temperature": 0.7, "top_k": 20, "eos_token_id": [2, 7], "max_new_tokens": 9}
     model = tiny_checkpoint(tmp_path / "a", architecture, generation=generation, **overrides)
     params = folo.load(tmp_path / "a", pack=pack, use_tqdm=False)
     export(params, tmp_path / "b")

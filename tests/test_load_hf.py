@@ -251,6 +251,9 @@ def test_sampling_defaults_come_from_the_generation_config() -> None:
     assert read(greedy).sampling_defaults == (("repetition_penalty", 1.1),)
     assert read().sampling_defaults == ()
     assert read({"temperature": 0.6}).sampling_defaults == (("temperature", 0.6),)
+    for sample in (True, False):
+        generation = {"do_sample": sample, "max_new_tokens": 2048}
+        assert read(generation).sampling_defaults == (("max_tokens", 2048),)
     with pytest.raises(LoadError, match="do_sample is 'false': it must be a bool"):
         read({"do_sample": "false", "temperature": 0.6})
 

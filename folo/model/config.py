@@ -41,7 +41,9 @@ _DEFAULT_EOS = {
     "Qwen2ForCausalLM": [],
     "Qwen3ForCausalLM": [],
 }
-_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# Keys of generation_config.json, and the names that they have here; greedy decoding heeds the first.
+GREEDY_DEFAULTS = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
+SAMPLING_DEFAULTS = GREEDY_DEFAULTS | {key: key for key in ("temperature", "top_k", "top_p", "min_p")}
 _MOST_LAYERS = 10_000  # a corrupt file may claim any number, and merely to name their weights takes memory
 
 
@@ -104,9 +106,10 @@ class DecoderConfig:
         """The decoder that a checkpoint's `config.json` describes, with weights in `dtype`.
 
         Keys that are absent have the defaults of transformers' configuration class. `generation` is
-        `generation_config.json`: its end-of-sequence ids join those of `config`, and its sampling values
-        become `sampling_defaults`, as with vLLM's `--generation-config auto`. Where it says
-        `"do_sample": false` only the repetition penalty is kept: transformers, too, ignores the others.
+        `generation_config.json`: its end-of-sequence ids join those of `config`, and its sampling values and
+        `max_new_tokens` become `sampling_defaults`, as with vLLM's `--generation-config auto`. Where it says
+        `"do_sample": false` the last and the repetition penalty alone are kept: transformers, too, ignores
+        the others.
 
         Raises:
             LoadError: the architecture, or something that it asks for, is not supported; or a required key
@@ -239,8 +242,9 @@ def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     greedy = typed(generation, "do_sample", bool) is False
-    keys = ("repetition_penalty",) if greedy else _SAMPLING_KEYS
-    return tuple(sorted((key, generation[key]) for key in keys if generation.get(key) is not None))
+    names = GREEDY_DEFAULTS if greedy else SAMPLING_DEFAULTS
+    given = ((name, generation.get(key)) for key, name in names.items())
+    return tuple(sorted((name, value) for name, value in given if value is not None))
 
 
 def _required(config: Mapping[str, Any], key: str) -> Any:

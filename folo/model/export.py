@@ -13,7 +13,7 @@ from torch import Tensor
 from folo.errors import ConfigError
 from folo.files import write_tensors
 from folo.model import gptq
-from folo.model.config import DecoderConfig
+from folo.model.config import GREEDY_DEFAULTS, SAMPLING_DEFAULTS, DecoderConfig
 from folo.model.params import Linear, Params
 from folo.ops.packed import Packed
 from folo.ops.quantized import Grouped, Quantized
@@ -163,8 +163,8 @@ def _hf_config(config: DecoderConfig) -> dict[str, Any]:
 def _generation_config(config: DecoderConfig) -> dict[str, Any]:
     sampling = dict(config.sampling_defaults)
     return {
-        "do_sample": any(name != "repetition_penalty" for name in sampling),
+        "do_sample": any(name not in GREEDY_DEFAULTS.values() for name in sampling),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
-        **sampling,
+        **{key: sampling[name] for key, name in SAMPLING_DEFAULTS.items() if name in sampling},
     }
