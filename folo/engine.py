@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from traceback import clear_frames
 from typing import Any, cast
 
 import torch
@@ -297,6 +298,14 @@ class LLMEngine:
 
     def _advance(self) -> tuple[str, ...]:
         """One step, if there is anything to run; the request of each token that is known from now on."""
+        try:
+            return self._stepped()
+        except BaseException as error:
+            # Who keeps the traceback, as a notebook does, would pin the blocks of the states in its frames.
+            clear_frames(error.__traceback__)
+            raise
+
+    def _stepped(self) -> tuple[str, ...]:
         begun, before = time.perf_counter(), self.state
         batch, known = schedule(before), before.in_flight
         if batch is None:

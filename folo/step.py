@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
+from itertools import starmap
 from typing import Any
 from weakref import WeakSet
 
@@ -138,7 +139,7 @@ def epilogue(bound: Bound, sampled: list[device.Sampled], wait: bool = True) -> 
         if sampled
         else torch.empty(0, dtype=torch.int64, device="cpu")
     )
-    flight = Flight(bound, ids, list(range(len(ids))), lambda: results_of(copied(), rows))
+    flight = Flight(bound, ids, list(range(len(ids))), partial(results_of, copied, rows))
     before = batch.state
     if batch.behind is not None:  # only now, with this step under way, does anyone wait for the one before
         before = landed(batch.origin)
@@ -192,11 +193,13 @@ def _run(layer_function: Any, params: Params, bound: Bound, inputs: Inputs) -> l
 
 
 def _sampled(params: Params, hidden: Tensor, tiles: Items[Rows], rows: RowPlan) -> list[device.Sampled]:
+    # In a traceback a comprehension would hold on to what it looks at, blocks included (before Python 3.12).
     pairs = zip(device.tiles_of(hidden, tiles), rows.tiles, strict=True)
-    return [_sample(params, *tile, rows, numbers) for tile, numbers in pairs]
+    return list(starmap(partial(_sample, params, rows), pairs))
 
 
-def _sample(params: Params, hidden: Tensor, tile: Rows, rows: RowPlan, numbers: range) -> device.Sampled:
+def _sample(params: Params, rows: RowPlan, tiled: tuple[Tensor, Rows], numbers: range) -> device.Sampled:
+    hidden, tile = tiled
     raw, processed = device.row_logits(params, hidden, tile)
     own = [place for place, n in enumerate(numbers) if has_processors(rows.sequences[n])]
     processed = processed.clone() if own else processed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -35,11 +36,11 @@ class Tokens:
     sample_indices: tuple[int, ...]
 
 
-def results_of(sampled: Items[Sampled], rows: RowPlan) -> Results:
-    """What each row came to, from the host's copy. Raises RequestError for a row that found no token."""
+def results_of(copied: Callable[[], Items[Sampled]], rows: RowPlan) -> Results:
+    """What each row came to, once it is `copied` to the host. RequestError: a row found no token."""
     ids: list[int] = []
     scores: list[TokenLogprobs | None] = []
-    for tile, numbers in zip(sampled, rows.tiles, strict=True):
+    for tile, numbers in zip(copied(), rows.tiles, strict=True):
         ids += tile.ids.tolist()
         if tile.scores is None:
             scores += [None] * len(numbers)

@@ -207,6 +207,19 @@ class TestGenerateThatRaises:
         (output,) = engine.step()
         assert (output.request_id, output.finished) == ("done", True)
 
+    @pytest.mark.parametrize(
+        "processor",
+        [Failing(ZeroDivisionError()), lambda logits, _: logits - torch.inf],
+        ids=["error", "no token"],
+    )
+    def test_leaves_every_block_free_though_its_traceback_is_kept(self, llm: LLM, processor: Any) -> None:
+        """As a notebook keeps it, and whoever tries again while handling the error."""
+        with pytest.raises((ZeroDivisionError, RequestError)) as caught:
+            llm.generate("x", replace(SEEDED, logits_processors=[processor]), use_tqdm=False)
+        heap = llm.state.heap
+        assert heap.num_free == heap.num_blocks
+        del caught
+
 
 class TestChat:
     def test_goes_through_the_template_of_the_model(self, llm: LLM) -> None:
