@@ -15,7 +15,7 @@ def queued(state: EngineState, queue: Iterable[Sequence], new: Iterable[Sequence
     queue, new = tuple(queue), tuple(new)
     ranks = [state.rank(sequence) for sequence in (*queue[-1:], *new)]
     if ranks == sorted(ranks):  # by far the most common
-        return (*queue, *new) if new else queue
+        return queue + new if new else queue
     merged = list(queue)
     for sequence in new:
         if not merged or state.rank(merged[-1]) < state.rank(sequence):
