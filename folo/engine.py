@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from traceback import clear_frames
+from traceback import walk_tb
+from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -301,8 +302,7 @@ class LLMEngine:
         try:
             return self._stepped()
         except BaseException as error:
-            # Who keeps the traceback, as a notebook does, would pin the blocks of the states in its frames.
-            clear_frames(error.__traceback__)
+            _forget_states(error.__traceback__)
             raise
 
     def _stepped(self) -> tuple[str, ...]:
@@ -355,3 +355,14 @@ class LLMEngine:
         held = self.state.held(id)
         output = output_of(self.state, held, unfinished, self._texts.text, self._texts.piece)
         return replace(output, metrics=self._clock(id).metrics(held.num_samples))
+
+
+def _forget_states(traceback: TracebackType | None) -> None:
+    """Clear folo's frames and torch's: who keeps a traceback, as a notebook does, would pin blocks with them.
+
+    Those of the caller's own code, such as a logits processor's, stay for a debugger to show.
+    """
+    for frame, _ in walk_tb(traceback):
+        if frame.f_globals["__name__"].startswith(("folo.", "torch.")):
+            with suppress(RuntimeError):  # it runs on
+                frame.clear()
