@@ -3,8 +3,7 @@
 Results go to standard output; progress, metrics and errors to standard error. Exit codes: 0; 2 for bad
 input, with one line that says what is wrong; 130 after Ctrl-C; 141 when the reader of the output is gone.
 
-A command is a function of the parsed arguments, and one that registers its parser. torch and the model
-code are imported inside the commands.
+A command is a function of the parsed arguments, and one that registers its parser.
 """
 
 from __future__ import annotations
@@ -21,17 +20,23 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
+
+import torch
 
 import folo
 from folo.bench import command as bench
+from folo.config import CacheConfig
 from folo.errors import ConfigError, FoloError, RequestError
+from folo.llm import LLM
+from folo.model.config import DecoderConfig
+from folo.model.load import num_bytes, open_checkpoint, tensor_shapes
+from folo.model.locate import locate
+from folo.model.params import Params
 from folo.quant import command as quant
-
-if TYPE_CHECKING:
-    from folo.llm import LLM
-    from folo.model.config import DecoderConfig
-    from folo.request import RequestOutput
+from folo.request import RequestOutput
+from folo.sampling import SamplingParams
+from folo.state.engine import init
 
 _BAD_INPUT, _INTERRUPTED, _CLOSED_PIPE = 2, 130, 141  # the last two as shells report SIGINT and SIGPIPE
 _MEMINFO = Path("/proc/meminfo")  # Linux: what new allocations can take is its MemAvailable
@@ -130,9 +135,6 @@ def _generate(args: argparse.Namespace) -> None:
     texts = _read_prompts(args.prompt, args.prompts_file)
     if args.stream and len(texts) > 1:
         raise RequestError(f"--stream takes one prompt, got {len(texts)}")
-
-    from folo.llm import LLM
-    from folo.sampling import SamplingParams
 
     given = {name: getattr(args, name) for name in _OVERRIDES if getattr(args, name) is not None}
     SamplingParams(**given)  # refuse bad values before the model is loaded
@@ -245,11 +247,6 @@ def _metrics_table(outputs: Sequence[RequestOutput], seconds: float) -> Iterator
 
 
 def _info(args: argparse.Namespace) -> None:
-    import torch
-
-    from folo.model.load import num_bytes, open_checkpoint
-    from folo.model.locate import locate
-
     path = locate(args.model)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config(
@@ -263,9 +260,6 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _described(config: DecoderConfig, weights: int, quantised: bool) -> dict[str, str]:
-    from folo.config import CacheConfig
-    from folo.model.load import tensor_shapes
-
     num_parameters = sum(math.prod(shape) for shape in tensor_shapes(config).values())
     dtype = str(config.dtype).removeprefix("torch.")
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * config.dtype.itemsize
@@ -289,11 +283,6 @@ def _described(config: DecoderConfig, weights: int, quantised: bool) -> dict[str
 
 def _default_heap(config: DecoderConfig) -> str:
     """What the engine makes of the default cache configuration, asked of it without any memory."""
-    import torch
-
-    from folo.model.params import Params
-    from folo.state.engine import init
-
     nothing = torch.empty(0, dtype=config.dtype, device="meta")
     try:
         state = init(Params(embed=nothing, layers=(), norm=nothing, lm_head=None, config=config))
@@ -305,8 +294,6 @@ def _default_heap(config: DecoderConfig) -> str:
 
 def _free_memory() -> dict[str, int]:
     """Bytes that can be had, by kind of memory; of host memory only where Linux says."""
-    import torch
-
     free: dict[str, int] = {}
     try:
         meminfo = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())

@@ -26,6 +26,7 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import folo
 from folo.bench import report, workloads
@@ -262,8 +263,6 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     sizes = QUICK if args.quick else Sizes()
     params, tokenizer = folo.load(args.model), folo.load_tokenizer(args.model)
     if sizes.long_prompt >= params.config.max_position_embeddings:

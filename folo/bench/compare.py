@@ -21,9 +21,15 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
+import torch
+from tqdm import tqdm
+
+import folo
 from folo.bench import peers, report
 from folo.bench.serving import WORKLOADS, Prompts, workload
 from folo.errors import ConfigError, FoloError
+from folo.model.export import export
+from folo.model.load import open_checkpoint
 
 _PAIRS = 5
 _TO_WARM_UP = 64  # prompts
@@ -196,11 +202,6 @@ def against(
     peer_name: str, python: str, names: list[str], pairs: int, kept: str | None, args: argparse.Namespace
 ) -> None:
     """Run workloads through folo and a peer, and report; `args` has the model's and the output's options."""
-    import torch
-    from tqdm import tqdm
-
-    from folo.model.load import open_checkpoint
-
     peer = peers.PEERS[peer_name]
     with (
         _orderly_end(),
@@ -231,8 +232,6 @@ def _compare(
     own: Worker, other: Worker, names: list[str], vocab_size: int, pairs: int, done: list[Comparison]
 ) -> None:
     """Adds to `done` what there is of each workload, if it were but some of the pairs."""
-    from tqdm import tqdm
-
     with tqdm(total=2 * len(names) * pairs, desc="Compare", unit="run") as bar:
         for name in names:
             values = list[float]()
@@ -277,8 +276,6 @@ def _orderly_end() -> Iterator[None]:
 @contextlib.contextmanager
 def _checkpoint(args: argparse.Namespace, kept: str | None) -> Iterator[Path]:
     """A directory that every engine can load."""
-    from folo.model.export import export
-
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(kept or temporary)
         if not (path / "config.json").exists():
@@ -295,7 +292,5 @@ def _checkpoint(args: argparse.Namespace, kept: str | None) -> Iterator[Path]:
 
 def _add_tokenizer(model: str | None, path: Path) -> None:
     """If there is one: converters look for it."""
-    import folo
-
     with contextlib.suppress(folo.LoadError):
         folo.load_tokenizer(model).save_pretrained(path)

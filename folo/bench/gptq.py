@@ -12,17 +12,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from folo.bench import graph, report
+import torch
+
+import folo
+from folo import ops
+from folo.bench import graph, report, workloads
 from folo.bench.growth import decode_times, decoding
 from folo.bench.kernels import SHAPES
-
-if TYPE_CHECKING:
-    import torch
-
-    import folo
-    from folo.ops.stacked import Weight
+from folo.errors import ConfigError
+from folo.graph import CudaGraphs
+from folo.ops.memory import Arena
+from folo.ops.stacked import Weight
 
 BATCHES, CONTEXT = (1, 32), 256
 _COPIES = 16  # of a decoder layer: 31 MB each in bfloat16, 8 MB in 4 bits
@@ -49,12 +51,6 @@ def linears(
     shapes: Sequence[tuple[int, int]], batch: int, copies: int = _COPIES, device: str = "cpu"
 ) -> Ratio:
     """Of one row or several through layers `[N, K]`, each on inputs of its own."""
-    import torch
-
-    from folo import ops
-    from folo.bench.workloads import random_grouped
-    from folo.ops.memory import Arena
-
     numbers = torch.Generator(device).manual_seed(0)
     size = 2 * copies * sum(n * k for n, k in shapes)
     arenas = (Arena(size), Arena(size // 2)) if device == "cpu" else (None, None)
@@ -64,7 +60,9 @@ def linears(
     for _ in range(copies):
         plain = [torch.ones(n, k, dtype=torch.bfloat16, device=device) for n, k in shapes]
         dense.append([ops.packed(weight, arenas[0]) for weight in plain])
-        quantised.append([ops.quantized(random_grouped(n, k, _BITS, numbers), arenas[1]) for n, k in shapes])
+        quantised.append(
+            [ops.quantized(workloads.random_grouped(n, k, _BITS, numbers), arenas[1]) for n, k in shapes]
+        )
 
     def through(layers: list[list[Weight]]) -> Callable[[], float]:
         def run() -> torch.Tensor:
@@ -82,8 +80,6 @@ def linears(
 
 def _timed(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], float]:
     """The seconds of a run; on a GPU, of one that is captured: launches would take longer than the work."""
-    from folo.graph import CudaGraphs
-
     work = CudaGraphs().capture(run)[0] if device.type == "cuda" else run
 
     def seconds() -> float:
@@ -104,8 +100,6 @@ def steps(dense: folo.Params, quantised: folo.Params, batches: Sequence[int] = B
 
 
 def _stepping(params: folo.Params, batch: int) -> Callable[[], float]:
-    from folo.graph import CudaGraphs
-
     if params.device.type == "cpu":
         return lambda: median(decode_times(params, batch, CONTEXT))
     state, graphs = decoding(params, batch, CONTEXT, graph.MOST_STEPS), CudaGraphs()
@@ -133,14 +127,11 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    import torch
-
-    from folo.bench.workloads import QWEN3_600M, random_model
-    from folo.errors import ConfigError
-
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("folo bench gptq --device cuda needs a CUDA device, and torch finds none")
-    dense, quantised = (random_model(QWEN3_600M, bits=bits, device=args.device) for bits in (None, _BITS))
+    dense, quantised = (
+        workloads.random_model(workloads.QWEN3_600M, bits=bits, device=args.device) for bits in (None, _BITS)
+    )
     ratios = list[Ratio]()
     try:
         for ratio in _measured(dense, quantised, args.device):

@@ -21,8 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import folo
 from folo.bench import report
+from folo.errors import ConfigError
 from folo.ops import cpu
 
 _ROOT = Path(folo.__file__).parent.parent
@@ -157,10 +160,6 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    import torch
-
-    from folo.errors import ConfigError
-
     if not torch.cuda.is_available():
         raise ConfigError("folo bench gpu needs a CUDA device, and torch finds none")
     args.out.mkdir(parents=True, exist_ok=True)

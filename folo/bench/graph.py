@@ -13,15 +13,20 @@ import argparse
 import time
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+import folo
 from folo.bench import report
-
-if TYPE_CHECKING:
-    import torch
-
-    import folo
-    from folo.graph import Recorder
+from folo.bench.growth import decoding
+from folo.errors import ConfigError
+from folo.graph import CudaGraphs, Recorder
+from folo.model.forward import layer_in_heap
+from folo.state.flight import landed
+from folo.step import launched, replayed
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)
@@ -68,8 +73,6 @@ class Clock:
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        import torch
-
         if self._cuda:
             self._marks.append(torch.cuda.Event(enable_timing=True))
             self._marks[-1].record()
@@ -83,16 +86,12 @@ class Clock:
         return [1e-3 * a.elapsed_time(b) if self._cuda else b - a for a, b in pairs]
 
     def wait(self) -> None:
-        import torch
-
         if self._cuda:
             torch.cuda.synchronize()
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes a second that a large copy reads and writes."""
-    import torch
-
     source = torch.ones(_COPIED // 8, dtype=torch.int64, device=device)
     target, clock, begin = torch.empty_like(source), Clock(device), time.perf_counter()
     while time.perf_counter() - begin < _IDLE:
@@ -113,12 +112,6 @@ def read_bytes(params: folo.Params, batch: int, context: int) -> int:
 
 def steps_of(mode: str, recorder: Recorder | None) -> folo.Step:
     """The step of a mode; recorder: what captures the graphs."""
-    import torch
-
-    from folo.graph import CudaGraphs
-    from folo.model.forward import layer_in_heap
-    from folo.step import launched, replayed
-
     if mode == "eager":
         return launched(layer_in_heap)
     layer = torch.compile(layer_in_heap, fullgraph=True, dynamic=True)
@@ -129,9 +122,6 @@ def measure(
     params: folo.Params, state: folo.EngineState, mode: str, context: int, rate: float, recorder: Any = None
 ) -> Cell:
     """Steps of one state, all of whose sequences decode; rate: bytes a second of the floor."""
-    import folo
-    from folo.state.flight import landed
-
     step, clock, batch = steps_of(mode, recorder), Clock(params.device), len(state.running)
     before, begin = _reserved(params.device), time.perf_counter()
     state = _stepped(params, state, step)
@@ -163,16 +153,12 @@ def measure(
 
 
 def _stepped(params: folo.Params, state: folo.EngineState, step: folo.Step) -> folo.EngineState:
-    import folo
-
     batch = folo.schedule(state)
     assert batch is not None
     return step(params, state, batch)[0]
 
 
 def _reserved(device: torch.device) -> int | None:
-    import torch
-
     if device.type != "cuda":
         return None
     torch.cuda.empty_cache()  # as a capture does: what was free before is no difference to after
@@ -181,10 +167,6 @@ def _reserved(device: torch.device) -> int | None:
 
 def with_launches(params: folo.Params, cell: Cell) -> Cell:
     """The cell with its launches counted. By a profiler, which slows whatever its process runs after it."""
-    from torch.profiler import ProfilerActivity, profile
-
-    from folo.bench.growth import decoding
-
     state, step = decoding(params, cell.batch, cell.context, steps=2), steps_of(cell.mode, None)
     state = _stepped(params, state, step)
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
@@ -195,8 +177,6 @@ def with_launches(params: folo.Params, cell: Cell) -> Cell:
 
 def fits(params: folo.Params, batch: int, context: int) -> bool:
     """Whether the weights and the context take no more than `_MOST` of the device's memory."""
-    import torch
-
     if params.device.type != "cuda":
         return True
     _, total = torch.cuda.mem_get_info(params.device)
@@ -207,8 +187,6 @@ def measure_size(
     params: folo.Params, batch: int, context: int, rate: float, recorder: Any = None
 ) -> list[Cell]:
     """The cells of one size, or none if it does not fit."""
-    from folo.bench.growth import decoding
-
     if not fits(params, batch, context):
         return []
     state = decoding(params, batch, context, steps=MOST_STEPS)
@@ -267,11 +245,6 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    import torch
-    from tqdm import tqdm
-
-    from folo.errors import ConfigError
-
     if not torch.cuda.is_available():
         raise ConfigError("folo bench graph needs a CUDA device, and torch finds none")
     params = report.model_of(args)

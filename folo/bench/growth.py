@@ -14,14 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tqdm import tqdm
+
+import folo
 from folo.bench import report
 from folo.bench.host import Host
 from folo.bench.roofline import Machine, Roofline, middle
-
-if TYPE_CHECKING:
-    import folo
+from folo.bench.workloads import QWEN3_600M, random_ids, random_model
 
 BATCHES, BATCH_CONTEXT = (1, 2, 4, 8, 16, 32, 64, 128, 256), 256
 CONTEXTS, CONTEXT_BATCHES = (128, 512, 1024, 2048, 4096, 8192, 16384), (1, 8)
@@ -48,8 +49,6 @@ class Point:
 
 
 def model() -> folo.Params:
-    from folo.bench.workloads import QWEN3_600M, random_model
-
     return random_model(replace(QWEN3_600M, num_layers=4, vocab_size=32_000, max_position_embeddings=32_768))
 
 
@@ -64,9 +63,6 @@ def bound(params: folo.Params, batch: int, context: int, roof: Roofline) -> floa
 
 def decoding(params: folo.Params, batch: int, context: int, steps: int) -> folo.EngineState:
     """A state in which `batch` sequences of about `context` tokens decode, for `steps` steps at least."""
-    import folo
-    from folo.bench.workloads import random_ids
-
     tokens = 8192  # a step of the prompts; those that are ready early go on, by a token for each such step
     longest = context + -(-batch * context // tokens) + steps + 2
     blocks = batch * -(-longest // _BLOCK_SIZE)
@@ -96,8 +92,6 @@ def decode_times(
 
     between: what runs before each, and before one that warms up.
     """
-    import folo
-
     state, times = decoding(params, batch, context, steps), list[float]()
     for _ in range(1 + steps):  # the first warms up
         ready = folo.schedule(state)
@@ -164,10 +158,6 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    import folo  # noqa: F401 (registers the ops)
-
     params, machine = model(), Machine()
     total = len(BATCHES) + len(CONTEXT_BATCHES) * len(CONTEXTS)
     with tqdm(total=total, desc="Growth", unit="size") as bar:

@@ -13,12 +13,17 @@ import random
 import time
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from tqdm import tqdm
+
+import folo
 from folo.bench import report
-
-if TYPE_CHECKING:
-    import folo
+from folo.bench.workloads import miniature
+from folo.inputs import ROWS_PER_TILE
+from folo.model.device import Sampled
+from folo.step import epilogue, prologue
 
 NUM_SEQS, LENGTH, BLOCK_SIZE = 256, 1000, 16
 FORKED = 4000
@@ -56,13 +61,6 @@ class Host:
         self.clock = [0.0, 0.0, 0.0]  # schedule, prologue, epilogue, in seconds
 
     def step(self, state: folo.EngineState) -> folo.EngineState | None:
-        import torch
-
-        import folo
-        from folo.inputs import ROWS_PER_TILE
-        from folo.model.device import Sampled
-        from folo.step import epilogue, prologue
-
         t0 = time.perf_counter()
         batch = folo.schedule(state)
         t1 = time.perf_counter()
@@ -85,9 +83,6 @@ class Host:
 
 def _state(num_blocks: int, num_seqs: int, length: int, host: Host, cached: int) -> folo.EngineState:
     """`num_seqs` sequences that have computed about `length` tokens each, and `cached` idle blocks."""
-    import folo
-    from folo.bench.workloads import miniature
-
     scheduler = folo.SchedulerConfig(max_num_seqs=num_seqs, max_num_batched_tokens=8192)
     params = miniature(num_positions=1 << 20, vocab_size=_VOCABULARY)
     state = folo.init(params, folo.CacheConfig(BLOCK_SIZE, num_blocks), scheduler)
@@ -137,8 +132,6 @@ def measure(
 
 def fork_cost(length: int = FORKED) -> float:
     """Microseconds to fork one sequence of `length` tokens."""
-    import folo
-
     state = _state(2 * length // BLOCK_SIZE, 1, length, Host(), 0)
     times = []
     for _ in range(200):
@@ -205,10 +198,6 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    import folo  # noqa: F401 (what it imports is to be frozen)
-
     gc.collect()
     gc.freeze()  # not what a step allocates: the hundreds of thousands of objects that imports leave
     pools = 2 * sum(10**e <= args.blocks for e in range(3, 10))

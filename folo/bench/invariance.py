@@ -17,6 +17,8 @@ from itertools import zip_longest
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tqdm import tqdm
+
 import folo
 from folo.bench import report
 from folo.bench.cells import FACTORS, REFERENCE, Cell, Output, Run, Subject, array, every_cell, run
@@ -165,8 +167,6 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def _compare_all(args: argparse.Namespace, subject: Subject) -> None:
-    from tqdm import tqdm
-
     cells = (every_cell() if args.full else array())[: args.cells]
     results: list[Result] = []
     try:

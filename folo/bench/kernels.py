@@ -15,8 +15,14 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
+from folo import ops
 from folo.bench import report
 from folo.bench.roofline import BYTES, Machine, Roofline, middle, timed
+from folo.ops import kv_cache
+from folo.ops.memory import Arena
 
 _MOST = 400  # copies of an op's data, which come to BYTES where that takes fewer
 _REPEATS = 5
@@ -91,11 +97,6 @@ Work = tuple[Sequence[Callable[[], object]], float, float]
 
 
 def _linear(n: int, k: int, rows: int) -> Work:
-    import torch
-
-    from folo import ops
-    from folo.ops.memory import Arena
-
     size = 2 * n * k
     x = torch.ones(rows, k, dtype=torch.bfloat16)
     count = min(_MOST, max(2, BYTES // size))
@@ -108,11 +109,6 @@ def _attention(
     heads: tuple[int, int, int], batch: int, context: int, queries: int, scattered: bool = False
 ) -> Work:
     """scattered: a sequence's pages lie anywhere, not one after the other as a new heap hands them out."""
-    import torch
-
-    from folo import ops
-    from folo.ops import kv_cache
-
     num_heads, num_kv_heads, head_dim = heads
     blocks = -(-context // _BLOCK_SIZE)
     size = 4 * batch * context * num_kv_heads * head_dim
@@ -211,10 +207,6 @@ def plot(results: list[Result], roof: Roofline, path: str) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    import folo  # noqa: F401 (registers the ops)
-
     machine = Machine()
     results: list[Result] = []
     with tqdm(total=sum(len(cases(shape)) for shape in SHAPES), desc="Kernels", unit="op") as bar:

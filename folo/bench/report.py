@@ -12,12 +12,14 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from folo.model.params import Params
+import folo
+from folo.bench.workloads import QWEN3_600M, random_model
+from folo.model.params import Params
+from folo.ops.arithmetic import arithmetic
 
 # Okabe and Ito's colours, which are told apart with any colour vision.
 BLUE, SKY, YELLOW, ORANGE = "#0072B2", "#56B4E9", "#F0E442", "#E69F00"
@@ -32,11 +34,6 @@ def environment(params: Params | None = None) -> dict[str, Any]:
 
     Plain values, ready for JSON. `gpu` and `driver` are there if the parameters lie on a CUDA device.
     """
-    import torch
-
-    import folo
-    from folo.ops.arithmetic import arithmetic
-
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
@@ -134,11 +131,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def model_of(args: argparse.Namespace) -> Params:
     """The model that the options of `add_model_options` name."""
-    import torch
-
-    import folo
-    from folo.bench.workloads import QWEN3_600M, random_model
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return random_model(QWEN3_600M, device=device) if args.shape else folo.load(args.model)
 
@@ -189,8 +181,6 @@ def _num_cores() -> int:
 
 def gpu(device: torch.device) -> dict[str, str]:
     """A GPU's model, its driver and its version of CUDA."""
-    import torch
-
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
+import torch
+
 BYTES = 192 << 20  # more than a cache holds
 _SIDE = 2048
 
@@ -34,8 +36,6 @@ class Machine:
     """Reads what no cache holds, and multiplies two large matrices."""
 
     def __init__(self) -> None:
-        import torch
-
         self._read = torch.ones(BYTES // 8, dtype=torch.int64).max
         square = torch.ones(_SIDE, _SIDE, dtype=torch.bfloat16)
         self._multiply = partial(torch.mm, square, square)

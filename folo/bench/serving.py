@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
+import folo
 from folo.bench import report
-
-if TYPE_CHECKING:
-    import folo
 
 REPEATS = 5
 WORKLOADS = ("latency", "throughput", "mixed", "prefix", "prefill", "nano")
@@ -32,8 +33,6 @@ Prompts = list[tuple[list[int], int]]  # token ids, and how many tokens to gener
 
 def workload(name: str, vocab_size: int) -> Prompts:
     """The prompts of one of `WORKLOADS`."""
-    import numpy as np
-
     numbers, (low, high) = np.random.default_rng(0), _IDS
 
     def ids(length: int) -> list[int]:
@@ -85,8 +84,6 @@ class Run:
 
 def empty(params: folo.Params, prompts: Prompts) -> folo.EngineState:
     """A state with room for a workload. All runs may begin from one: it stays empty, its cache too."""
-    import folo
-
     num_blocks = sum(-(-(len(ids) + wanted) // _BLOCK_SIZE) for ids, wanted in prompts)
     tokens = 8192 if params.device.type == "cuda" else 2048  # of a step
     scheduler = folo.SchedulerConfig(max_num_batched_tokens=tokens)
@@ -95,8 +92,6 @@ def empty(params: folo.Params, prompts: Prompts) -> folo.EngineState:
 
 def serve(params: folo.Params, state: folo.EngineState, prompts: Prompts, step: folo.Step) -> Run:
     """Run a workload on an `empty` state."""
-    import folo
-
     steps: list[tuple[float, int]] = []
     begin, first = time.perf_counter(), 0.0
     for number, (ids, wanted) in enumerate(prompts):
@@ -183,15 +178,11 @@ def register(commands: Any) -> None:
 
 
 def _run(name: str, args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    import folo
-
     names = _WORKLOADS[name]
     if getattr(args, "workload", None):
         names = (args.workload,)
         if not args.alone:
-            from folo.bench import compare
+            from folo.bench import compare  # here, since it runs what is defined above
 
             compare.against("transformers", sys.executable, [*names], args.repeats, None, args)
             return

@@ -17,6 +17,9 @@ from dataclasses import asdict
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
+import folo
 from folo.bench import report, workloads
 from folo.bench.recording import Span, StepRecord, lanes, record, recorded
 from folo.bench.report import BLUE, GREEN, GREY, LIGHT, ORANGE, RED, SKY, YELLOW
@@ -241,10 +244,6 @@ def register(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    import folo
-
     params = folo.load(args.model)
     cache = folo.CacheConfig(num_blocks=args.num_blocks)
     scheduler = folo.SchedulerConfig(

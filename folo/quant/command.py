@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import time
+from pathlib import Path
+from typing import Any
 
+from tqdm import tqdm
+
+import folo
+from folo import quant
+from folo.bench.report import table
 from folo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from folo.model.params import Params
+from folo.model.params import Params
+from folo.quant.write import check_target, write
 
 _MODEL_HELP = "a directory, a .gguf file, a Hugging Face id, or 'default' (SmolLM2-135M-Instruct)"
 _CALIBRATION_LENGTH = 512
@@ -82,12 +88,6 @@ def _register_quantize(commands: Any) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    import folo
-    from folo import quant
-    from folo.quant.write import check_target, write
-
     clip = not (args.no_clip or args.nearest)
     config = quant.QuantConfig(args.bits, args.group_size, not args.asym, args.desc_act, args.damp, clip)
     out = Path(args.out)
@@ -105,15 +105,10 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _report(name: str, error: float) -> None:
-    from tqdm import tqdm
-
     tqdm.write(f"{name:32}  relative error {error:.2e}")
 
 
 def _perplexity(args: argparse.Namespace) -> None:
-    import folo
-    from folo import quant
-
     ids = _tokens(args.model, args.text)
     params = folo.load(args.model, dtype=args.dtype)
     found = quant.perplexity(params, ids, args.window, args.stride)
@@ -123,10 +118,6 @@ def _perplexity(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    import folo
-    from folo import quant
-    from folo.bench.report import table
-
     ids = _tokens(args.first, args.text)
     if _tokens(args.second, args.text) != ids:
         raise ConfigError(f"the tokenizers of {args.first} and {args.second} cut the text into other tokens")
@@ -146,10 +137,6 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _pace(params: Params, ids: list[int]) -> float:
     """Tokens a second of one request, after its first."""
-    import time
-
-    import folo
-
     sampling = folo.SamplingParams(temperature=0, max_tokens=_DECODE_TOKENS + 1, ignore_eos=True)
     state = folo.submit(folo.init(params), folo.Request(ids[:_DECODE_TOKENS], sampling, id="pace"))
     begin = 0.0
@@ -160,8 +147,6 @@ def _pace(params: Params, ids: list[int]) -> float:
 
 
 def _tokens(model: str, file: str) -> list[int]:
-    import folo
-
     tokenizer = folo.load_tokenizer(model)
     return tokenizer.encode(_read(file), add_special_tokens=False, verbose=False)
 
