@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -18,6 +18,7 @@ from folo.model.config import DecoderConfig
 from folo.ops.packed import Packed
 from folo.ops.quantized import Quantized
 from folo.ops.stacked import Weight
+from folo.ops.tree import register
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,34 +152,6 @@ def _num_bytes(weight: Tensor | Packed | Quantized) -> int:
     return math.prod(weight.shape) * weight.dtype.itemsize
 
 
-def _register(cls: type, context: tuple[str, ...] = ()) -> None:
-    """Make a pytree node of `cls`. A field that is None is context too: torch's pytree would call it a
-    leaf, which `tree_map(torch.Tensor.double, params)` and `torch.func.grad` would then trip over."""
-    names = [field.name for field in fields(cls) if field.name not in context]
-
-    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
-        present = [name for name in names if getattr(value, name) is not None]
-        extra = {name: getattr(value, name) for name in (*names, *context) if name not in present}
-        return [(pytree.GetAttrKey(name), getattr(value, name)) for name in present], tuple(extra.items())
-
-    def flatten(value: Any) -> tuple[list[Any], Any]:
-        children, extra = flatten_with_keys(value)
-        return [child for _, child in children], extra
-
-    def unflatten(children: Any, extra: Any) -> Any:
-        rest = dict(extra)
-        present = (name for name in names if name not in rest)
-        return cls(**dict(zip(present, children, strict=True)), **rest)
-
-    pytree.register_pytree_node(
-        cls,
-        flatten,
-        unflatten,
-        serialized_type_name=f"folo.{cls.__name__}",
-        flatten_with_keys_fn=flatten_with_keys,
-    )
-
-
-_register(Linear)
-_register(Layer)
-_register(Params, context=("config",))
+register(Linear)
+register(Layer)
+register(Params, context=("config",))

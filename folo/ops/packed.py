@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from folo.ops.memory import Arena
+from folo.ops.tree import register
 
 TILE = 16  # columns of the product that stand together
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,18 +62,4 @@ class Packed:
         return rows[: self.shape[0], : self.shape[1]].contiguous()
 
 
-def _flatten(packed: Any) -> tuple[list[Any], Any]:
-    return [packed.data], packed.shape
-
-
-def _flatten_with_keys(packed: Any) -> tuple[list[Any], Any]:
-    return [(pytree.GetAttrKey("data"), packed.data)], packed.shape
-
-
-pytree.register_pytree_node(
-    Packed,
-    _flatten,
-    lambda children, shape: Packed(next(iter(children)), shape),
-    serialized_type_name="folo.Packed",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
+register(Packed, context=("shape",))

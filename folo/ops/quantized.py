@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from folo.ops.memory import Arena
 from folo.ops.packed import TILE
+from folo.ops.tree import register
 
 BITS = (2, 4, 8)
 BLOCK = 32  # columns that fill one word for each bit of a code
@@ -213,32 +213,4 @@ def _unpacked(words: Tensor) -> Tensor:
     return torch.stack(columns, -1).flatten(1)
 
 
-_LEAVES = ("codes", "scales", "zeros", "groups", "columns")
-
-
-def _flatten_with_keys(weight: Any) -> tuple[list[Any], Any]:
-    present = [name for name in _LEAVES if getattr(weight, name) is not None]
-    return [(pytree.GetAttrKey(name), getattr(weight, name)) for name in present], (
-        weight.shape,
-        weight.group_size,
-        weight.num_groups,
-    )
-
-
-def _flatten(weight: Any) -> tuple[list[Any], Any]:
-    children, context = _flatten_with_keys(weight)
-    return [child for _, child in children], context
-
-
-def _unflatten(children: Any, context: Any) -> Quantized:
-    codes, scales, zeros, groups, *columns = children
-    return Quantized(codes, scales, zeros, groups, columns[0] if columns else None, *context)
-
-
-pytree.register_pytree_node(
-    Quantized,
-    _flatten,
-    _unflatten,
-    serialized_type_name="folo.Quantized",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
+register(Quantized, context=("shape", "group_size", "num_groups"))

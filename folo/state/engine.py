@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from folo.config import CacheConfig, SchedulerConfig, require_kind
 from folo.errors import ConfigError, RequestError
 from folo.ops.attention import attention_backend
+from folo.ops.tree import register
 from folo.request import Request
 from folo.state.heap import Block, KVHeap
 from folo.state.map import Map
@@ -241,18 +241,6 @@ def _heap_bytes(cache: CacheConfig, device: torch.device) -> int:
     return int(cache.kv_cache_gib * 2**30)
 
 
-_LEAVES = ("running", "waiting", "requests", "finished", "pool", "arrivals", "counters", "flight")
-_CONTEXT = tuple(f.name for f in fields(EngineState) if f.name not in _LEAVES)
-
-
-def _flatten(state: EngineState) -> tuple[list[Any], Any]:
-    # Queues, requests and accounting are single leaves: immutable values that no tensor function
-    # can map over, exchanged as wholes.
-    return [getattr(state, name) for name in _LEAVES], tuple(getattr(state, name) for name in _CONTEXT)
-
-
-def _unflatten(leaves: Any, context: Any) -> EngineState:
-    return EngineState(**dict(zip((*_LEAVES, *_CONTEXT), (*leaves, *context), strict=True)))
-
-
-pytree.register_pytree_node(EngineState, _flatten, _unflatten, serialized_type_name="folo.EngineState")
+# Sequences, requests and accounting are leaves: immutable values that no tensor function can map over.
+_CONTEXT = ("seed", "max_model_len", "cache", "scheduler", "params", "heap", "tokenizer", "attention")
+register(EngineState, context=_CONTEXT)
