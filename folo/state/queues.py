@@ -12,16 +12,11 @@ from folo.state.sequence import Sequence
 
 def queued(state: EngineState, queue: Iterable[Sequence], new: Iterable[Sequence]) -> tuple[Sequence, ...]:
     """A queue with new sequences at the places of their rank."""
-    queue, new = tuple(queue), tuple(new)
-    ranks = [state.rank(sequence) for sequence in (*queue[-1:], *new)]
-    if ranks == sorted(ranks):  # by far the most common
-        return queue + new if new else queue
+    if not (new := tuple(new)):  # by far the most common, and the queue may be long
+        return tuple(queue)
     merged = list(queue)
     for sequence in new:
-        if not merged or state.rank(merged[-1]) < state.rank(sequence):
-            merged.append(sequence)
-        else:
-            insort(merged, sequence, key=state.rank)
+        insort(merged, sequence, key=state.rank)
     return tuple(merged)
 
 
