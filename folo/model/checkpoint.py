@@ -14,8 +14,20 @@ from folo.ops.quantized import Grouped
 _SLAB_ELEMENTS = 1 << 20
 
 
-class Checkpoint(Protocol):
-    """Named tensors on disk. Layers and tensors go by their names in transformers' state dict."""
+class Weights(Protocol):
+    """Tensors to be read. Layers and tensors go by their names in transformers' state dict."""
+
+    def read(self, name: str, out: Tensor) -> None:
+        """Fill `out`, which has the stored shape, and any dtype and device."""
+        ...
+
+    def quantized(self, module: str, shape: tuple[int, ...]) -> Grouped | None:
+        """The weight `[N, K]` of a linear layer that is stored in groups of integers; None if it is not."""
+        ...
+
+
+class Checkpoint(Weights, Protocol):
+    """Weights on disk, and the decoder that they are of."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -33,14 +45,6 @@ class Checkpoint(Protocol):
 
     def config(self, dtype: torch.dtype) -> DecoderConfig:
         """The decoder that the metadata describes; raises LoadError if it is not supported."""
-        ...
-
-    def read(self, name: str, out: Tensor) -> None:
-        """Fill `out`, which has the stored shape, and any dtype and device."""
-        ...
-
-    def quantized(self, module: str, shape: tuple[int, ...]) -> Grouped | None:
-        """The weight `[N, K]` of a linear layer that is stored in groups of integers; None if it is not."""
         ...
 
 

@@ -19,13 +19,6 @@ from folo.ops.packed import Packed
 from folo.ops.quantized import Grouped, Quantized
 from folo.ops.stacked import Stacked, Weight
 
-_MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-
 
 def export(params: Params, path: str | os.PathLike[str]) -> None:
     """Write config.json, generation_config.json and model.safetensors into the directory `path`.
@@ -123,7 +116,7 @@ def _hf_config(config: DecoderConfig) -> dict[str, Any]:
     rope = config.rope
     found: dict[str, Any] = {
         "architectures": [config.architecture],
-        "model_type": _MODEL_TYPES[config.architecture],
+        "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
         "dtype": str(config.dtype).removeprefix("torch."),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -29,7 +29,6 @@ from folo.model.config import typed
 from folo.ops.quantized import BITS, Grouped
 
 FILES = ("quantize_config.json", "quant_config.json")
-KINDS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 _FORMATS = ("gptq", "gptq_v2")
 _WORD = 32
 

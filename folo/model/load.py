@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from folo import ops
 from folo.errors import ConfigError, LoadError
-from folo.model.checkpoint import Checkpoint
+from folo.model.checkpoint import Checkpoint, Weights
 from folo.model.config import DecoderConfig
 from folo.model.gguf import GGUFFile
 from folo.model.locate import locate
@@ -21,7 +20,7 @@ from folo.model.params import Layer, Linear, Params
 from folo.model.safetensors import SafetensorsDirectory
 from folo.ops.memory import Arena, give_back
 from folo.ops.packed import Packed
-from folo.ops.quantized import Grouped, joined
+from folo.ops.quantized import joined
 from folo.ops.stacked import Stacked, Weight
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -174,22 +173,10 @@ def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
         )
 
 
-class Weights(Protocol):
-    """What has a weight for every name in `tensor_shapes`."""
-
-    def read(self, name: str, out: Tensor) -> None:
-        """Fill `out`, of the stored shape; any dtype and device."""
-        ...
-
-    def quantized(self, module: str, shape: tuple[int, ...]) -> Grouped | None:
-        """The weight of a linear layer that is stored in groups of integers; None if it is not."""
-        ...
-
-
 def assemble(
     weights: Weights, config: DecoderConfig, device: torch.device, pack: bool, use_tqdm: bool
 ) -> Params:
-    """Parameters of weights that are read one by one, each into its final place or a buffer on the way."""
+    """Parameters of the weights in `tensor_shapes`, each read into its final place or a buffer on the way."""
     shapes = tensor_shapes(config)
     with tqdm(total=len(shapes), desc="Loading weights", unit="tensor", disable=not use_tqdm) as progress:
 
