@@ -262,7 +262,7 @@ def _info(args: argparse.Namespace) -> None:
 def _described(config: DecoderConfig, weights: int, quantised: bool) -> dict[str, str]:
     num_parameters = sum(math.prod(shape) for shape in tensor_shapes(config).values())
     dtype = str(config.dtype).removeprefix("torch.")
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * config.dtype.itemsize
+    per_token = config.kv_per_token * config.dtype.itemsize
     rows = {
         "architecture": config.architecture,
         "layers": f"{config.num_layers}, hidden size {config.hidden_size}, MLP {config.intermediate_size}",

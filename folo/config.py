@@ -25,6 +25,11 @@ def require_kind(name: str, value: Any, kind: type) -> None:
     _require(isinstance(value, kind), name, value, f"a {kind.__name__}")
 
 
+def require_seed(seed: Any) -> None:
+    """Raises ConfigError for what is no 64-bit unsigned number."""
+    _require(_is_count(seed, 0) and seed < 2**64, "seed", seed, "an int in [0, 2**64)")
+
+
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -73,7 +78,7 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _require(_is_count(self.seed, 0) and self.seed < 2**64, "seed", self.seed, "an int in [0, 2**64)")
+        require_seed(self.seed)
         _require(self.quantization in (None, "gptq"), "quantization", self.quantization, "None or 'gptq'")
         _require(self.compile in COMPILE_MODES, "compile", self.compile, f"one of {COMPILE_MODES}")
         _require_flags(self, "skip_tokenizer_init", "deterministic", "trust_remote_code")

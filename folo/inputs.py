@@ -65,7 +65,7 @@ ROWS_PER_TILE = 64  # bounds the memory of float32 logits: 64 rows of the vocabu
 
 @dataclass(frozen=True)
 class Penalties:
-    """Ragged history and bias of the rows of one tile, as `folo.ops.penalize` takes them."""
+    """Ragged history and bias of the rows of one tile, by the names of `folo.ops.penalize`'s arguments."""
 
     history: Tensor  # int64[H]
     history_start: Tensor  # int64[R + 1]

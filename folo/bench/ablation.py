@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import folo
 from folo.bench import report, workloads
-from folo.bench.comparison import BASELINE, HEADERS, WITH, Row, Samples, compare
+from folo.bench.arms import BASELINE, HEADERS, WITH, Row, Samples, compare
 from folo.bench.recording import StepRecord, recorded
 from folo.bench.report import BLUE, ORANGE
 from folo.bench.workloads import Arrival

@@ -72,7 +72,8 @@ def array() -> list[Cell]:
 def every_cell() -> list[Cell]:
     """All cells, in an order that mixes the levels."""
     cells = [Cell(*levels) for levels in product(*FACTORS.values())]
-    cells = [cell for cell in cells if (cell.arrival, cell.pool) != ("alone", "small")]
+    for (one, level), (other, beside) in EXCLUDED:
+        cells = [cell for cell in cells if (getattr(cell, one), getattr(cell, other)) != (level, beside)]
     return random.Random(0).sample(cells, len(cells))
 
 

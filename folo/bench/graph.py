@@ -105,9 +105,7 @@ def copy_rate(device: torch.device) -> float:
 
 def read_bytes(params: folo.Params, batch: int, context: int) -> int:
     """What a decode step has to read: the weights, once, and K and V of every sequence."""
-    config = params.config
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * params.dtype.itemsize
-    return params.num_bytes + batch * context * kv
+    return params.num_bytes + batch * context * params.config.kv_per_token * params.dtype.itemsize
 
 
 def steps_of(mode: str, recorder: Recorder | None) -> folo.Step:

@@ -55,7 +55,7 @@ def model() -> folo.Params:
 def bound(params: folo.Params, batch: int, context: int, roof: Roofline) -> float:
     """Seconds that the linear layers and attention take at least, one after the other."""
     config = params.config
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * params.dtype.itemsize
+    kv = config.kv_per_token * params.dtype.itemsize
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * context
     linear = roof.seconds(params.num_bytes, 2 * batch * params.num_parameters)
     return linear + roof.seconds(batch * context * kv, batch * attention)

@@ -18,6 +18,7 @@ import torch
 
 import folo
 from folo.bench.workloads import QWEN3_600M, random_model
+from folo.files import beside
 from folo.model.params import Params
 from folo.ops.arithmetic import arithmetic
 
@@ -92,7 +93,7 @@ def write_json(path: str | os.PathLike[str], name: str, results: Any, params: Pa
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file: the whole of it or, where that fails, none of it. Raises OSError."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = beside(path)
     try:
         part.write_bytes(data)
         part.replace(path)

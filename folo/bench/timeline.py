@@ -21,15 +21,12 @@ from tqdm import tqdm
 
 import folo
 from folo.bench import report, workloads
-from folo.bench.recording import Span, StepRecord, lanes, record, recorded
+from folo.bench.recording import Span, StepRecord, lanes, recorded
 from folo.bench.report import BLUE, GREEN, GREY, LIGHT, ORANGE, RED, SKY, YELLOW
 from folo.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["StepRecord", "lanes", "plot", "record", "recorded", "trace"]
-
 
 _ENGINE, _REQUESTS = 1, 2  # Perfetto groups tracks by process
 

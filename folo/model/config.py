@@ -148,6 +148,11 @@ class DecoderConfig:
             sampling_defaults=_sampling_defaults(generation),
         )
 
+    @property
+    def kv_per_token(self) -> int:
+        """How many numbers the K and V of a token are, in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
     def inv_freq(self) -> Tensor:
         """Rotary frequencies in radians per position, float32 `[head_dim / 2]`, on the CPU.
 

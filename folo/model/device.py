@@ -62,18 +62,7 @@ def row_logits(params: Params, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tens
         raw = raw.float()
     processed = raw
     if (p := rows.penalties) is not None:
-        processed = ops.penalize(
-            processed,
-            p.history,
-            p.history_start,
-            p.prompt_len,
-            p.repetition,
-            p.presence,
-            p.frequency,
-            p.bias_row,
-            p.bias_id,
-            p.bias_value,
-        )
+        processed = ops.penalize(processed, **vars(p))
     if rows.warped:
         processed = ops.warp(processed, rows.temperature, rows.min_p, rows.top_k, rows.top_p, rows.truncated)
     return raw, processed

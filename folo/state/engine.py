@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from folo.config import CacheConfig, SchedulerConfig, require_kind
+from folo.config import CacheConfig, SchedulerConfig, require_kind, require_seed
 from folo.errors import ConfigError, RequestError
 from folo.ops.attention import attention_backend
 from folo.ops.tree import register
@@ -152,8 +152,7 @@ def init(
             block, or takes more memory than there is; max_model_len exceeds the model or the heap; the
             attention backend cannot be had.
     """
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
-        raise ConfigError(f"seed={seed!r}: expected an int in [0, 2**64)")
+    require_seed(seed)
     cache = CacheConfig() if cache is None else cache
     scheduler = SchedulerConfig() if scheduler is None else scheduler
     require_kind("cache", cache, CacheConfig)
@@ -162,8 +161,7 @@ def init(
     backend = attention_backend(
         attention, params.device, params.dtype, cache.block_size, config.head_dim, deterministic
     )
-    block_bytes = 2 * config.num_layers * cache.block_size * config.num_kv_heads * config.head_dim
-    block_bytes *= params.dtype.itemsize
+    block_bytes = config.kv_per_token * cache.block_size * params.dtype.itemsize
     spare = margin(cache, scheduler, params.device)
     num_blocks = cache.num_blocks
     if num_blocks is None:
