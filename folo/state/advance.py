@@ -57,21 +57,7 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
                 if not rows[at].of_prompt:
                     fields["cumulative_logprob"] += scores.logprob
             if targets[at] == SAMPLE:
-                token, origin = ids[at], before.origin
-                length = before.tokens.length + 1
-                if token == UNRESOLVED:
-                    fields["tokens"] = before.tokens.longer()
-                    if length >= origin.max_length:
-                        fields["finish_reason"] = "length"
-                    at += 1
-                    continue
-                fields["tokens"] = tokens = before.tokens.append(token)
-                if caching and not length % size:
-                    fields["digests"] = extend_digests(
-                        before.digests, tokens, size, origin.request.cache_salt
-                    )
-                if token in origin.stop_ids or length >= origin.max_length or before.text is not None:
-                    fields.update(_stopped(state.tokenizer, before, token))
+                _append(state, before, fields, ids[at])
             at += 1
         if sequence.finish_reason is not None:
             pool = pool.release(table.blocks)
@@ -102,6 +88,24 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
             prefix_hits=counters.prefix_hits + hits,
         ),
     )
+
+
+def _append(state: EngineState, before: Sequence, fields: dict[str, Any], token: int) -> None:
+    """Change the fields of a draft of `before` to those with a token more."""
+    origin, length = before.origin, before.tokens.length + 1
+    if token == UNRESOLVED:
+        fields["tokens"] = before.tokens.longer()
+        if length >= origin.max_length:
+            fields["finish_reason"] = "length"
+        return
+    fields["tokens"] = tokens = before.tokens.append(token)
+    cache = state.cache
+    if cache.enable_prefix_caching and not length % cache.block_size:
+        fields["digests"] = extend_digests(
+            before.digests, tokens, cache.block_size, origin.request.cache_salt
+        )
+    if token in origin.stop_ids or length >= origin.max_length or before.text is not None:
+        fields.update(_stopped(state.tokenizer, before, token))
 
 
 def _index(
