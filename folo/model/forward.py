@@ -30,28 +30,13 @@ def _linear(x: Tensor, weights: Linear, op: Any) -> Tensor:
     return op.linear(x, weights.weight, weights.bias)
 
 
-def hidden_states(
-    params: Params,
-    token_ids: Tensor,
-    positions: Tensor,
-    run_layer: Callable[[int, Layer, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    op: Any = ops,
-) -> Tensor:
-    """token_ids and positions int64 `[T]` -> the last layer's normalised hidden states, `[T, D]` or fewer.
-
-    `run_layer` is `decoder_layer` from its second argument on, given the layer's number first. `op`
-    holds the ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
-    """
-    x, residual, angles = embedded(params, token_ids, positions, op)
-    for index, (layer, next_norm) in enumerate(layers_with_next_norm(params)):
-        x, residual = run_layer(index, layer, next_norm, x, residual, angles)
-    return x
-
-
 def embedded(
     params: Params, token_ids: Tensor, positions: Tensor, op: Any = ops
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """token_ids and positions int64 `[T]` -> the first layer's x, residual `[T, D]` and angles `[T, E]`."""
+    """token_ids and positions int64 `[T]` -> the first layer's x, residual `[T, D]` and angles `[T, E]`.
+
+    op: the module of ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
+    """
     angles = op.rope_angles(positions, params.inv_freq)
     embed = params.embed
     residual = embed.rows(token_ids) if isinstance(embed, Packed) else embed[token_ids]
@@ -138,9 +123,10 @@ def hidden_in_heap(
     attention: str,
     layer_function: Any = layer_in_heap,
 ) -> Tensor:
-    """`hidden_states` of a step's `logits_rows`, over the k and v of a `KVHeap`."""
-    wanted, last = inputs.logits_rows, params.config.num_layers - 1
+    """The normalised hidden states of a step's `logits_rows`, `[R, D]`, over the k and v of a `KVHeap`."""
+    config, wanted = params.config, inputs.logits_rows
     where = inputs.slots, inputs.block_tables, inputs.query_start, inputs.seq_lens
+    x, residual, angles = embedded(params, inputs.token_ids, inputs.positions)
     if (
         layer_function is layer_in_heap
         and attention == "cpu"
@@ -148,15 +134,14 @@ def hidden_in_heap(
         and not torch.compiler.is_compiling()
         and (own := params.own_layers)
     ):
-        begin = embedded(params, inputs.token_ids, inputs.positions)
-        sizes = _sizes(params.config)
-        return ops.decoder_layers(*begin, *own, *sizes, k.unbind(), v.unbind(), *where, wanted)[0]
-
-    def run_layer(index: int, *args: Any) -> tuple[Tensor, Tensor]:
-        rows = wanted if index == last else None
-        return layer_function(params.config, attention, *args, k[index], v[index], *where, rows)
-
-    return hidden_states(params, inputs.token_ids, inputs.positions, run_layer)
+        caches = k.unbind(), v.unbind()
+        return ops.decoder_layers(x, residual, angles, *own, *_sizes(config), *caches, *where, wanted)[0]
+    for index, (layer, next_norm) in enumerate(layers_with_next_norm(params)):
+        rows = wanted if index == config.num_layers - 1 else None
+        x, residual = layer_function(
+            *(config, attention, layer, next_norm, x, residual, angles, k[index], v[index], *where, rows)
+        )
+    return x
 
 
 def forward(params: Params, token_ids: Tensor) -> Tensor:
@@ -182,41 +167,44 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
         raise ConfigError(f"token_ids must be an integer tensor, got {kind}: torch.tensor(ids) makes one")
     if token_ids.ndim != 1 or not token_ids.numel():
         raise ConfigError(f"token_ids must have shape [T] with T >= 1, got {tuple(token_ids.shape)}")
-    length = token_ids.shape[0]
-    if length > config.max_position_embeddings:
-        raise ConfigError(f"{length} tokens exceed the model's {config.max_position_embeddings} positions")
-    inputs = _one_sequence(token_ids.to(params.device, torch.int64))
-    blocks = inputs.block_tables.shape[1], _BLOCK, config.num_kv_heads, config.head_dim
-
-    def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
-        q, k, v = reference.qk_norm_rope(
-            qkv, angles, layer.q_norm, layer.k_norm, config.rms_norm_eps, config.num_kv_heads
+    if token_ids.shape[0] > config.max_position_embeddings:
+        raise ConfigError(
+            f"{token_ids.shape[0]} tokens exceed the model's {config.max_position_embeddings} positions"
         )
-        pad = k.new_zeros((-length % _BLOCK, *k.shape[1:]))
-        k, v = (torch.cat((x, pad)).view(blocks) for x in (k, v))
-        tables, start, lens = inputs.block_tables, inputs.query_start, inputs.seq_lens
-        return reference.paged_attention(q, k, v, tables, start, lens, config.head_dim**-0.5).flatten(1)
-
-    def run_layer(_: int, *args: Any) -> tuple[Tensor, Tensor]:
-        return decoder_layer(attend, *args, eps=config.rms_norm_eps, op=reference)
-
+    inputs = _one_sequence(token_ids.to(params.device, torch.int64))
     if _differentiated(params):
-        if params.quantized:
-            raise ConfigError(
-                "quantised weights cannot be differentiated or transformed: load the dense model"
-            )
-        if params.packed:
-            raise ConfigError(
-                "packed weights cannot be differentiated or transformed: folo.load(..., pack=False)"
-            )
-        hidden = hidden_states(params, inputs.token_ids, inputs.positions, run_layer, reference)
-        return logits(params, hidden, reference)
+        return _reference_logits(params, inputs)
     for id in (inputs.token_ids.min().item(), inputs.token_ids.max().item()):
         if not 0 <= id < config.vocab_size:
             raise ConfigError(f"token id {id} is outside the model's vocabulary of {config.vocab_size}")
-    k, v = kv_cache.zeros((config.num_layers, *blocks), params.dtype, params.device)
+    shape = config.num_layers, inputs.block_tables.shape[1], _BLOCK, config.num_kv_heads, config.head_dim
+    k, v = kv_cache.zeros(shape, params.dtype, params.device)
     attention = attention_backend("auto", params.device, params.dtype, _BLOCK, config.head_dim)
     return logits(params, hidden_in_heap(params, k, v, inputs, attention))
+
+
+def _reference_logits(params: Params, inputs: Inputs) -> Tensor:
+    """Of one whole sequence, `[T, V]`, in plain differentiable torch."""
+    if params.quantized:
+        raise ConfigError("quantised weights cannot be differentiated or transformed: load the dense model")
+    if params.packed:
+        raise ConfigError(
+            "packed weights cannot be differentiated or transformed: folo.load(..., pack=False)"
+        )
+    config, op = params.config, reference
+    tables, start, lens = inputs.block_tables, inputs.query_start, inputs.seq_lens
+
+    def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
+        norms = layer.q_norm, layer.k_norm
+        q, k, v = op.qk_norm_rope(qkv, angles, *norms, config.rms_norm_eps, config.num_kv_heads)
+        pad = k.new_zeros((-k.shape[0] % _BLOCK, *k.shape[1:]))
+        k, v = (torch.cat((x, pad)).unflatten(0, (-1, _BLOCK)) for x in (k, v))
+        return op.paged_attention(q, k, v, tables, start, lens, config.head_dim**-0.5).flatten(1)
+
+    x, residual, angles = embedded(params, inputs.token_ids, inputs.positions, op)
+    for layer, next_norm in layers_with_next_norm(params):
+        x, residual = decoder_layer(attend, layer, next_norm, x, residual, angles, config.rms_norm_eps, op=op)
+    return logits(params, x, op)
 
 
 def _one_sequence(token_ids: Tensor) -> Inputs:
