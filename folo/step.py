@@ -88,7 +88,7 @@ def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
 
 
 def launched(layer_function: Any) -> Step:
-    """`folo.step` that does not wait for its tokens; see `compile`."""
+    """`folo.step` that returns when it is launched, its tokens on the device; see `compile`."""
     return partial(_step, _compiled(partial(_run, layer_function)), False)
 
 

@@ -24,10 +24,10 @@ class Shared:
 
 
 class Scheduled(NamedTuple):
-    """The tokens of the sequence from `start` up to `end` are computed.
+    """A sequence's part in a batch: its tokens from `start` up to `end` are computed.
 
-    reused: for a newly admitted sequence, the blocks that hold its first `start` tokens, which are
-    prefix `hits` or those of a sibling.
+    admitted: it comes from the waiting queue. reused: if so, the blocks that hold its first `start` tokens:
+    prefix `hits`, or those of a sibling.
     """
 
     sequence: Sequence

@@ -50,8 +50,9 @@ def bind(batch: Batch) -> Bound:
             pool = pool.hold(held)  # prefix hits are in it still: eviction comes last
             table = BlockTable.of(held)
         blocks = table.blocks
-        # Where a slot to be written is claimed already, histories part. What one state shares is
-        # copied whether or not it is claimed yet, so that its accounting cannot depend on the heap.
+        # Copy on write: where a slot to be written is claimed already, another state has gone on from here.
+        # What this state itself shares is copied whether or not it is claimed yet, so that the accounting
+        # follows from the state, and not from what else was done with the heap.
         if offset and (pool.shared(blocks[-1]) or blocks[-1].claimed > offset):
             pool, copy = pool.part(blocks), _allocate(batch)
             copies.append((blocks[-1], copy))

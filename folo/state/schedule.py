@@ -186,7 +186,7 @@ class _Trial:
         return None
 
     def _hits(self, sequence: Sequence) -> Reuse:
-        """The longest chain of full blocks, cached or coming, short of the last token."""
+        """The longest chain of full blocks, cached or coming, that leaves tokens whose logits are wanted."""
         size, parent = self.block_size, ROOT
         blocks: list[Block | Shared] = []
         for number in range(min(len(sequence.digests), sequence.reusable // size)):
