@@ -162,6 +162,12 @@ def test_a_compiled_step_is_not_taken_for_that_of_another_model(
             compiled(replace(tiny), state.heap.k.clone(), state.heap.v.clone(), inputs)
 
 
+def test_params_remember_nothing_of_the_mode_that_they_were_first_read_in(tiny: folo.Params) -> None:
+    params = replace(tiny)
+    with torch.inference_mode():
+        assert not params.inv_freq.is_inference()
+
+
 # --- the random state, torch's defaults and the arguments
 
 

@@ -115,7 +115,8 @@ class Params:
         """
         assert not torch.compiler.is_compiling(), "read params.inv_freq once before compiling"
         kind = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return self.config.inv_freq().to(self.device, kind)
+        with torch.inference_mode(False):  # whoever reads them first, others read them in other modes
+            return self.config.inv_freq().to(self.device, kind)
 
     @cached_property
     def own_layers(self) -> tuple[list[Tensor], list[int]] | None:
