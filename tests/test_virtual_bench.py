@@ -17,6 +17,8 @@ from virtual_tensors import VirtualCuda
 from folo import cli
 from folo.bench import cells, gptq, gpu, graph, invariance, serving, workloads
 from folo.bench.kernels import SHAPES
+from folo.bench.peers import folo_peer
+from folo.model.export import export
 
 TINY = replace(
     workloads.QWEN3_600M,
@@ -64,6 +66,30 @@ def test_throughput(device: VirtualCuda, tmp_path: Path, monkeypatch: pytest.Mon
     options = "--workload", "nano", "--alone", "--repeats", "1", "--shape", "qwen3-0.6b"
     (run,) = result("throughput", tmp_path, *options)["results"]["nano"]
     assert run["num_output"] == sum(wanted for _, wanted in prompts)
+
+
+def test_as_a_peer_folo_captures_no_graph_while_its_clock_runs(
+    device: VirtualCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graphs are of a heap, and a workload of another size has one of its own."""
+    export(workloads.random_model(TINY, device="cuda"), tmp_path)
+    captured, counts, capture, serve = list[Any](), list[int](), torch.cuda.graph, serving.serve
+
+    def counted(*args: Any) -> serving.Run:
+        captured.clear()
+        run = serve(*args)
+        counts.append(len(captured))
+        return run
+
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda *a, **options: captured.append(a) or capture(*a, **options)
+    )
+    monkeypatch.setattr(serving, "serve", counted)
+    peer, prompts = folo_peer.start(str(tmp_path), torch.get_num_threads()), [([n] * 9, 3) for n in range(6)]
+    for some in (prompts[:2], prompts, prompts):
+        counts.clear()
+        peer.run(some, False)
+        assert counts[-1] == 0
 
 
 def test_graph(device: VirtualCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
