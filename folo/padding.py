@@ -7,6 +7,7 @@ rows are of sequences without a context, which read and write no block.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +47,12 @@ def padded(inputs: Inputs, num_tokens: int, num_seqs: int, width: int) -> Inputs
     extra, empty = num_tokens - tokens, num_seqs - seqs
     assert extra >= 0
     assert empty >= min(extra, 1), "padding tokens are of a padding sequence"
-    starts = tokens + torch.arange(1, empty + 1, dtype=torch.int32, device="cpu").clamp(max=extra)
-    if empty:
-        starts[-1] = num_tokens
     columns = width - inputs.block_tables.shape[1]
+    tables = F.pad(inputs.block_tables, (0, columns, 0, empty))
+    if not empty:  # as one sequence that decodes always is: its step is short, and so should this be
+        return replace(inputs, block_tables=tables)
+    starts = tokens + torch.arange(1, empty + 1, dtype=torch.int32, device="cpu").clamp(max=extra)
+    starts[-1] = num_tokens
     return replace(
         inputs,
         token_ids=F.pad(inputs.token_ids, (0, extra)),
@@ -57,13 +60,17 @@ def padded(inputs: Inputs, num_tokens: int, num_seqs: int, width: int) -> Inputs
         slots=F.pad(inputs.slots, (0, extra), value=_NOWHERE),
         query_start=torch.cat((inputs.query_start, starts)),
         seq_lens=F.pad(inputs.seq_lens, (0, empty)),
-        block_tables=F.pad(inputs.block_tables, (0, columns, 0, empty)),
+        block_tables=tables,
         source=None if inputs.source is None else F.pad(inputs.source, (0, extra), value=-1),
     )
 
 
 def padded_rows(tiles: tuple[Rows, ...], count: int, warped: bool, truncated: bool) -> tuple[Rows, ...]:
     """So many rows of logits, those that are added greedy, none with logprobs or penalties."""
+    common: dict[str, Any] = {"penalties": None, "num_logprobs": NO_LOGPROBS}
+    common |= {"warped": warped, "truncated": truncated}
+    if count == sum(tile.target.shape[0] for tile in tiles):
+        return tuple(replace(tile, **common) for tile in tiles)
     columns: dict[str, tuple[Tensor, ...]] = {}
     for field in fields(Rows):
         parts = [getattr(tile, field.name) for tile in tiles]
@@ -72,7 +79,4 @@ def padded_rows(tiles: tuple[Rows, ...], count: int, warped: bool, truncated: bo
             extra = (0, count - whole.shape[0])
             columns[field.name] = F.pad(whole, extra, value=_NEUTRAL.get(field.name, 0)).split(ROWS_PER_TILE)
     each = [dict(zip(columns, parts, strict=True)) for parts in zip(*columns.values(), strict=True)]
-    return tuple(
-        Rows(**own, penalties=None, warped=warped, truncated=truncated, num_logprobs=NO_LOGPROBS)
-        for own in each
-    )
+    return tuple(Rows(**own, **common) for own in each)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import folo
 from folo.model.forward import layer_in_heap
-from folo.padding import bucket, decode_sizes, table_width
+from folo.padding import bucket, decode_sizes, padded, padded_rows, table_width
 from folo.sampling import Context
 from folo.state.flight import landed
-from folo.step import replayed
+from folo.step import prologue, replayed
 from folo.transfer import Fixed
 
 EIGHT = folo.CacheConfig(block_size=8, num_blocks=60, reserve_blocks=60)
@@ -264,6 +264,19 @@ def test_shapes_are_few() -> None:
     assert [bucket(n) for n in (1, 2, 3, 17, 64, 65, 300)] == [1, 2, 4, 32, 64, 128, 320]
     assert [table_width(n, 300) for n in (1, 64, 65, 257)] == [64, 64, 256, 300]
     assert table_width(3, 20) == 20
+
+
+def test_a_batch_of_a_graphs_size_is_not_copied(tiny: folo.Params) -> None:
+    batch = folo.schedule(started(tiny, 1))
+    assert batch is not None
+    _, inputs = prologue(batch)
+    same = padded(inputs, inputs.token_ids.shape[0], 1, 64)
+    (row,) = padded_rows(inputs.rows, 1, warped=True, truncated=True)
+    assert same.block_tables.shape == (1, 64)
+    assert same.token_ids is inputs.token_ids
+    assert row.seed is inputs.rows[0].seed
+    assert row.warped
+    assert row.truncated
 
 
 def test_fixed_tensors_keep_their_addresses() -> None:
