@@ -4,7 +4,11 @@ The tokens of such a step are known to the device alone. Its state is the one th
 the flight beside it; all that depends on the tokens lands the flight first, which waits for them. What does
 not wait is the next step, as long as it only decodes: it is planned on the state that is foreseen, in which
 the tokens are UNRESOLVED, launched, and only then seen from the state that has them. So the host works on a
-step while the device works on the one before.
+step while the device works on the one before:
+
+    host     launch 1 | plan 2 on foreseen, launch 2 | land 1 | plan 3 on foreseen, launch 3 | land 2 | ...
+    device            [--------- step 1 ---------][--------- step 2 ---------][--------- step 3 ...
+    state    s1: flight 1                    s2: tokens of 1, flight 2    s3: tokens of 2, flight 3
 """
 
 from __future__ import annotations

@@ -44,7 +44,11 @@ class Pool:
     used block has one predecessor. So who holds a block is counted where ways part, and nowhere
     else: `branches` has, for a block from which more than one way goes on, how many do. A way is a
     block that follows in some table, or the end of a table. Sharing a table of any length is one
-    count at its end.
+    count at its end. Here are the tables of blocks 0 1 2, 0 1 3 and 0 1:
+
+        0 -- 1 -+- 2        used = 4, branches = {1: 3}
+                +- 3        a fourth that ends after 1 (`hold`): {1: 4}
+                +- end      0 1 3 is given up (`release`): used = 3, {1: 2}
     """
 
     capacity: int
