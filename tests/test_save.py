@@ -386,7 +386,7 @@ def test_threads_that_save_to_one_path_leave_the_whole_file_of_one(tiny: folo.Pa
 
 def test_a_directory_that_is_not_there_is_an_os_error(tiny: folo.Params, tmp_path: Path) -> None:
     state = folo.init(tiny, folo.CacheConfig(num_blocks=8))
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(OSError, match=r"state\.safetensors cannot be written: .*/nowhere is no directory"):
         folo.save(state, tmp_path / "nowhere" / "state.safetensors")
     assert list(tmp_path.iterdir()) == []
 

@@ -56,6 +56,8 @@ def save(state: EngineState, path: str | os.PathLike[str]) -> None:
     state, path = landed_or_before(state), Path(os.path.realpath(path))  # a link's end is what is replaced
     if not path.name or (path.exists() and not path.is_file()):  # a rename would replace a device, say
         raise OSError(f"{path} is no regular file: give the name of one, or a new name")
+    if not path.parent.is_dir():  # found out before all K and V are gathered, and told of this name
+        raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no directory; make it first")
     tensors = _tensors(state)
     metadata = {
         "format": FORMAT,
