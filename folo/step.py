@@ -56,14 +56,14 @@ def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
         "inductor" compiles one decoder layer with torch.compile, without a graph break, and calls it
         for each; shapes are dynamic.
         "cudagraph" (CUDA only) replays graphs of decode steps, captured at first use for padded
-        batches of 1, 2, 4, 8, 16, 32, 48, ... sequences, and runs the rest compiled. A step returns when
-        it is launched: its tokens are on the device, and the state that holds it is stepped on without
-        waiting for them where nothing but decodes comes next. What needs them waits: `outputs`,
-        `collect`, `save`, `fork`, `has_unfinished`, ... A request that ends by its tokens ends when they
-        are known. A RequestError of a step (no token is allowed) comes from the next `schedule`; all
-        else takes such a state for the one from before that step.
-        "auto" is the fastest: "cudagraph" on CUDA. On a CPU "eager" (`folo bench latency --mode`): the
-        ops leave a compiler little to fuse, and its guards take time for each layer.
+        batches of 1, 2, 4, 8, 16, 32, 48, ... sequences, and runs the rest compiled. A step returns as
+        soon as it is launched, with its tokens still on the device; decodes of the next step do not wait
+        for them. Whatever needs the tokens does: `outputs`, `collect`, `save`, `fork`,
+        `has_unfinished`, ... A request that its tokens end has ended once they are known. If a step finds
+        that no token is allowed, the next `schedule` raises its RequestError; all other functions then
+        take the state for the one from before that step.
+        "auto" is the fastest: "cudagraph" on CUDA, "eager" on a CPU (`folo bench latency --mode`), where
+        the ops leave a compiler nothing to fuse and its guards take time in each layer.
 
     Raises:
         ConfigError: an unknown mode; or, when stepping, "cudagraph" with params that are not on CUDA.
@@ -127,9 +127,9 @@ def prologue(batch: Batch) -> tuple[Bound, Inputs]:
 
 
 def epilogue(bound: Bound, sampled: list[device.Sampled], wait: bool = True) -> tuple[EngineState, Tokens]:
-    """The host's part after it, given what each tile of rows came to: the next state, and its tokens.
+    """The host's part after the device function, given what it made of each tile of rows.
 
-    wait: for the tokens; else the state holds the step in flight. Raises RequestError as `step` does.
+    wait: for the tokens; if not, the state holds the step in flight. Raises RequestError as `step` does.
     """
     batch, rows, copied = bound.batch, bound.batch.rows, download(sampled)
     # The state that it was scheduled for may hold a flight itself, which would live on in this one.
@@ -193,7 +193,7 @@ def _run(layer_function: Any, params: Params, bound: Bound, inputs: Inputs) -> l
 
 
 def _sampled(params: Params, hidden: Tensor, tiles: Items[Rows], rows: RowPlan) -> list[device.Sampled]:
-    # In a traceback a comprehension would hold on to what it looks at, blocks included (before Python 3.12).
+    # No comprehension: before Python 3.12 it is a closure, which keeps blocks though a traceback is cleared.
     pairs = zip(device.tiles_of(hidden, tiles), rows.tiles, strict=True)
     return list(starmap(partial(_sample, params, rows), pairs))
 

@@ -112,11 +112,10 @@ class Batch:
     def rows(self) -> RowPlan:
         """What the step's logits are for."""
         scheduled = self.scheduled
-        if self.decoding:  # by far the most common: every sequence samples its next token
-            numbers, sequences = list(range(len(scheduled))), [item[0] for item in scheduled]
-            return RowPlan(
-                numbers, sequences, numbers, [item[2] for item in scheduled], [SAMPLE] * len(scheduled)
-            )
+        if self.decoding:  # the fast path: every sequence samples its next token
+            numbers, sequences = list(range(len(scheduled))), [item.sequence for item in scheduled]
+            positions = [item.end for item in scheduled]
+            return RowPlan(numbers, sequences, numbers, positions, [SAMPLE] * len(scheduled))
         rows: list[Row] = []
         first = 0
         for number, (sequence, start, end, *_) in enumerate(scheduled):

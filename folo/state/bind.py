@@ -41,7 +41,7 @@ def bind(batch: Batch) -> Bound:
         if offset and after <= size and not admitted:
             tail = table.blocks[-1]
             if tail.claimed == offset and not (pool.branches.length and pool.shared(tail)):
-                # By far the most common: some slots more of a block that is the sequence's own.
+                # The fast path of nearly all decodes: more slots of a block that no other table holds.
                 tail.claimed = after
                 tables.append(table)
                 continue

@@ -54,9 +54,9 @@ class Counters:
 class EngineState:
     """The whole engine as a value.
 
-    A sequence stands in exactly one of `running`, `waiting` (both in the order of `rank`) and the
-    `ended` of its request; a request in `requests` until all of its sequences have ended, then in
-    `finished`. `flight` is a step that was launched from the rest, and that the rest knows nothing of
+    A sequence is in exactly one of `running`, `waiting` (both in the order of `rank`) and the `ended` of
+    its request. A request is in `requests` until all of its sequences have ended, then in `finished`.
+    `flight` is a step that was launched from this state, and whose tokens the other fields do not have
     yet (`folo.state.flight`). `params` and `heap` are context: they are compared by identity.
     """
 
@@ -205,8 +205,9 @@ def init(
 def margin(cache: CacheConfig, scheduler: SchedulerConfig, device: torch.device) -> int:
     """Blocks of the heap beyond those that one state may use: for steps in flight, and the reserve.
 
-    A step takes blocks for its tokens, and of each sequence a copy and a block that is not full. It is
-    computed while its source is held; on a GPU a second one is bound before the first has landed.
+    A step takes blocks for its tokens and, for each sequence, up to one copy and one block that stays
+    partly empty, while the state that it started from is still held. On a GPU a second step is bound
+    before the first has landed.
     """
     chunk, in_flight = -(-scheduler.max_num_batched_tokens // cache.block_size), 1 + (device.type == "cuda")
     return in_flight * (chunk + 2 * scheduler.max_num_seqs) + cache.reserve_blocks

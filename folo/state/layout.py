@@ -30,8 +30,8 @@ _KINDS = (
 def inputs_of(bound: Bound) -> Inputs:
     """All arrays of a step, on the host."""
     scheduled, size = bound.batch.scheduled, bound.batch.state.cache.block_size
-    starts = np.array([item[1] for item in scheduled])
-    ends = np.array([item[2] for item in scheduled])
+    starts = np.array([item.start for item in scheduled])
+    ends = np.array([item.end for item in scheduled])
     query_start = np.concatenate(([0], np.cumsum(ends - starts)))
     number = np.repeat(np.arange(len(scheduled)), ends - starts)  # which sequence each token is of
     positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[number]
@@ -67,7 +67,7 @@ def _token_ids(scheduled: Items[Scheduled], count: int, source: list[int] | None
         pairs = zip(source, scheduled, strict=True)
         return [item.sequence.tokens[item.start] if place < 0 else 0 for place, item in pairs]
     if count == len(scheduled):
-        return gather([item[0].tokens for item in scheduled], [item[1] for item in scheduled])
+        return gather([item.sequence.tokens for item in scheduled], [item.start for item in scheduled])
     return [token for item in scheduled for token in item.sequence.tokens[item.start : item.end]]
 
 

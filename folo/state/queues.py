@@ -12,7 +12,7 @@ from folo.state.sequence import Sequence
 
 def queued(state: EngineState, queue: Iterable[Sequence], new: Iterable[Sequence]) -> tuple[Sequence, ...]:
     """A queue with new sequences at the places of their rank."""
-    if not (new := tuple(new)):  # by far the most common, and the queue may be long
+    if not (new := tuple(new)):  # as in nearly all decode steps, and the queue may be long
         return tuple(queue)
     merged = list(queue)
     for sequence in new:

@@ -69,7 +69,7 @@ def restore(
             f"block_size={cache.block_size}, but the K and V of {path} lie in blocks of {saved.block_size}; "
             f"keep that, or give recompute=True"
         )
-    # The backend that it was made with: whoever chose it then did so knowing what it keeps.
+    # The backend it was made with. One that breaks invariance was consented to then, and is not refused now.
     attention = "auto" if recompute else metadata.get("attention", "auto")
     longest = scheduler.max_model_len
     scheduler = replace(scheduler, max_model_len=None)  # this heap may hold less

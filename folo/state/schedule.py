@@ -14,7 +14,7 @@ from folo.state.sequence import Sequence
 
 # The number of tokens whose K and V are there already, and the blocks that hold them.
 Reuse = tuple[int, tuple[Block | Shared, ...]]
-_WAIT: Reuse = (-1, ())  # a sibling is still at the prompt that is to be shared
+_WAIT: Reuse = (-1, ())  # a sibling is still computing the prompt that they share
 
 
 def schedule(state: EngineState) -> Batch | None:
@@ -23,8 +23,8 @@ def schedule(state: EngineState) -> Batch | None:
     Every sequence catches up with its tokens under one budget. Those that lack one token go first;
     then prefill chunks of running sequences; then the waiting ones are admitted, in order.
 
-    Behind a step in flight it plans decodes without waiting for that one's tokens: a sequence that they
-    end has one row too many in the batch, which counts for nothing.
+    While a step is in flight, decodes are planned without waiting for its tokens. A sequence that those
+    tokens turn out to end has a surplus row in the batch, which is discarded.
 
     Raises:
         RequestError: a step in flight found no token for a request (`folo.step`).
@@ -94,7 +94,7 @@ class _Trial:
                 and id(sequence) not in settled
                 and not (branches.length and sequence.table.blocks[-1].index in branches)
             ):
-                # By far the most common: one slot more of a block that is the sequence's own.
+                # The fast path of nearly all decodes: one more slot of a block that no other table holds.
                 self.scheduled.append(Scheduled(sequence, start, end))
                 settled.add(id(sequence))
                 self.budget -= 1

@@ -68,13 +68,13 @@ class Origin:
     max_length: int  # the sequence ends at this many tokens
     scored_from: int  # the positions of which scores are kept; none if the range is empty
     scored_to: int
-    looks_back: bool  # what is sampled next depends on the tokens so far by more than K and V
+    looks_back: bool  # sampling reads the tokens so far themselves: penalties, logits processors
     lineage: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """`num_computed` of the tokens have their K and V in the table; the rest is to be caught up with."""
+    """The first `num_computed` tokens have their K and V in the table; the others are yet to be computed."""
 
     origin: Origin
     tokens: Log[int]  # prompt, then output
@@ -84,7 +84,7 @@ class Sequence:
     scores: Log[TokenLogprobs]  # of the positions from origin.scored_from on, without a gap
     text: TextState | None  # kept up to date only where stop strings need it
     cumulative_logprob: float = 0.0  # of the scored output tokens
-    num_cached: int | None = None  # tokens whose K and V were there at first; None before admission
+    num_cached: int | None = None  # tokens that found their K and V when admitted; None before that
     preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -117,8 +117,10 @@ class Sequence:
 
     @property
     def reusable(self) -> int:
-        """How many tokens may have their K and V taken over: the logits after the last one are wanted,
-        and so are those before each token that is to be scored."""
+        """How many of the first tokens may take K and V that exist, and need not be computed.
+
+        Not the last one, whose logits the next token is sampled from; nor any whose logits score a token.
+        """
         unscored = self.unscored
         return (unscored.start if unscored else self.tokens.length) - 1
 
