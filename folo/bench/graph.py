@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import profiler
 from tqdm import tqdm
 
 import folo
@@ -167,8 +167,8 @@ def with_launches(params: folo.Params, cell: Cell) -> Cell:
     """The cell with its launches counted. By a profiler, which slows whatever its process runs after it."""
     state, step = decoding(params, cell.batch, cell.context, steps=2), steps_of(cell.mode, None)
     state = _stepped(params, state, step)
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities, acc_events=True) as found:  # without it, torch 2.11 warns
+    activities = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.CUDA]
+    with profiler.profile(activities=activities, acc_events=True) as found:  # without it, torch 2.11 warns
         _stepped(params, state, step)
     return replace(cell, launches=sum(event.name.startswith(_LAUNCHES) for event in found.events() or ()))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import folo
-from folo.bench.workloads import QWEN3_600M, random_model
+from folo.bench import workloads
 from folo.files import beside
 from folo.model.params import Params
 from folo.ops.arithmetic import arithmetic
@@ -133,7 +133,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def model_of(args: argparse.Namespace) -> Params:
     """The model that the options of `add_model_options` name."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return random_model(QWEN3_600M, device=device) if args.shape else folo.load(args.model)
+    if args.shape:
+        return workloads.random_model(workloads.QWEN3_600M, device=device)
+    return folo.load(args.model)
 
 
 def positive(text: str) -> int:
