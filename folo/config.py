@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,17 +26,27 @@ def require_kind(name: str, value: Any, kind: type) -> None:
     _require(isinstance(value, kind), name, value, f"a {kind.__name__}")
 
 
-def require_seed(seed: Any) -> None:
-    """Raises ConfigError for what is no 64-bit unsigned number."""
+def require_seed(seed: Any) -> int:
+    """The seed as an int. Raises ConfigError for what is no 64-bit unsigned number."""
     _require(_is_count(seed, 0) and seed < 2**64, "seed", seed, "an int in [0, 2**64)")
+    return int(seed)
 
 
 def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _plain(config: Any) -> None:
+    """Make numpy's numbers among the fields Python's, which is what a saved state can hold."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if isinstance(value, Real) and not isinstance(value, bool):
+            plain: Any = int if isinstance(value, Integral) else float
+            object.__setattr__(config, one.name, plain(value))
 
 
 def _require_flags(config: Any, *names: str) -> None:
@@ -78,6 +89,7 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        _plain(self)
         require_seed(self.seed)
         _require(self.quantization in (None, "gptq"), "quantization", self.quantization, "None or 'gptq'")
         _require(self.compile in COMPILE_MODES, "compile", self.compile, f"one of {COMPILE_MODES}")
@@ -110,6 +122,7 @@ class CacheConfig:
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
+        _plain(self)
         block = self.block_size
         _require(_is_count(block, 8) and block <= 256, "block_size", block, "an int in [8, 256]")
         blocks = self.num_blocks
@@ -144,6 +157,7 @@ class SchedulerConfig:
     policy: Literal["fcfs", "priority"] = "fcfs"
 
     def __post_init__(self) -> None:
+        _plain(self)
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
         _require(_is_count(seqs, 1), "max_num_seqs", seqs, "an int of at least 1")
         _require(_is_count(tokens, 1), "max_num_batched_tokens", tokens, "an int of at least 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import SupportsIndex
 
 from folo.errors import RequestError
@@ -44,11 +45,12 @@ class Request:
             raise RequestError(f"request {self.id!r}: sampling must be SamplingParams, got {self.sampling!r}")
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise RequestError(f"request {self.id!r}: prompt {self.prompt!r} is not a string")
-        if not isinstance(self.priority, int):
+        if not isinstance(self.priority, Integral) or isinstance(self.priority, bool):
             raise RequestError(f"request {self.id!r}: priority {self.priority!r} is not an int")
         if not isinstance(self.cache_salt, str):
             raise RequestError(f"request {self.id!r}: cache_salt {self.cache_salt!r} is not a string")
         object.__setattr__(self, "prompt_token_ids", ids)
+        object.__setattr__(self, "priority", int(self.priority))
 
 
 def integers(what: str, ids: Iterable[SupportsIndex]) -> tuple[int, ...]:
@@ -56,9 +58,13 @@ def integers(what: str, ids: Iterable[SupportsIndex]) -> tuple[int, ...]:
     if isinstance(ids, (bytes, bytearray)):  # whose items are
         raise RequestError(f"{what} must be ints, got {bytes(ids[:40])!r}: encode text with the tokenizer")
     try:
-        return tuple(operator.index(token) for token in ids)
+        given = tuple(ids)
+        numbers = tuple(map(operator.index, given))
     except TypeError as error:
         raise RequestError(f"{what} must be ints ({error})") from None
+    if bool in map(type, given):  # a mask, perhaps
+        raise RequestError(f"{what} must be ints, got True or False among them")
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Logprob:
 class CompletionOutput:
     """One continuation of a prompt.
 
+    index: its place among the request's outputs. sample_index: which of the request's samples it is, as
+    `fork` counts them; another number only where best_of chose and sorted them.
     finish_reason: None while it runs, then "stop", "length" or "abort". stop_reason: the stop
     string or stop token id that ended it. cumulative_logprob: None if no logprobs were computed.
     """
@@ -89,6 +97,7 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: int | str | None
     seed: int
+    sample_index: int
 
     @property
     def finished(self) -> bool:

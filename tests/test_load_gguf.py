@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ def test_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
     tiny_gguf(tmp_path / "wrong.gguf", tensors={"rope_freqs.weight": factors[:8]})
     with pytest.raises(LoadError, match=r"rope_freqs.weight has shape \(8,\), not \(32,\)"):
         load(tmp_path / "wrong.gguf", use_tqdm=False)
+    for factor in (0, math.nan, math.inf):
+        factors[5] = factor
+        tiny_gguf(tmp_path / "wrong.gguf", tensors={"rope_freqs.weight": factors})
+        with pytest.raises(LoadError, match=r"rope_freqs\.weight has to be finite"):
+            load(tmp_path / "wrong.gguf", use_tqdm=False)
 
 
 @pytest.mark.parametrize(

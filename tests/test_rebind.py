@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
-from engine import finish_all, prompt
+from engine import finish_all, prompt, stepped
 from torch.utils import _pytree as pytree
 
 import folo
@@ -84,6 +84,15 @@ def test_a_prompt_without_output_is_scored_by_the_new_weights_alone(
     fresh = folo.submit(folo.init(other, folo.CacheConfig(num_blocks=40)), request)
     expected = folo.outputs(finish_all(other, fresh))["0"]
     assert folo.outputs(state)["0"].prompt_logprobs == expected.prompt_logprobs
+
+
+def test_so_is_one_whose_fork_was_forced_an_output(tiny: folo.Params, other: folo.Params) -> None:
+    request = folo.Request(prompt(30), sampling(0, prompt_logprobs=0, logprobs=0), "a")
+    scheduler = folo.SchedulerConfig(max_num_batched_tokens=8)
+    state = folo.submit(folo.init(tiny, folo.CacheConfig(num_blocks=40), scheduler), request)
+    state = folo.fork(stepped(tiny, state), "a", ["b"], append=[7])
+    output = folo.outputs(finish_all(other, folo.rebind(state, other)))["b"]
+    assert shown(output) == scored(other, [*output.prompt_token_ids, *output.outputs[0].token_ids])
 
 
 def test_weights_of_another_model_are_refused(tiny: folo.Params, tmp_path: Path) -> None:

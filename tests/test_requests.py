@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -90,6 +91,7 @@ def test_best_of_returns_the_likeliest_samples_first(tiny: folo.Params) -> None:
     ranked = sorted(everyone, key=lambda o: -(o.cumulative_logprob or 0))
     assert [o.token_ids for o in best] == [o.token_ids for o in ranked[:2]]
     assert [o.index for o in best] == [0, 1]
+    assert [o.sample_index for o in best] == [everyone.index(o) for o in ranked[:2]] != [0, 1]
     assert best[0].cumulative_logprob == ranked[0].cumulative_logprob
     assert best[0].logprobs is None
 
@@ -372,6 +374,23 @@ def test_a_stop_reason_may_be_numpys_and_is_kept_as_an_int(tiny: folo.Params) ->
     assert type(output.stop_reason) is int
 
 
+def test_numpys_numbers_are_taken_for_pythons(tiny: folo.Params, tmp_path: Path) -> None:
+    def number(value: float) -> Any:
+        return np.float32(value) if isinstance(value, float) else np.int64(value)
+
+    cache = folo.CacheConfig(number(8), number(16), number(1.5))
+    scheduler = folo.SchedulerConfig(max_num_seqs=number(4), policy="priority")
+    state = folo.init(tiny, cache, scheduler, seed=number(7))
+    request = folo.Request(np.array([3, 4]), id="a", priority=number(-1))  # pyright: ignore[reportArgumentType]
+    folo.save(folo.submit(state, request), tmp_path / "state")
+    restored = folo.restore(tiny, tmp_path / "state")
+    assert (restored.cache, restored.scheduler, restored.seed) == (cache, scheduler, 7)
+    assert restored.waiting[0].origin.request == request
+    for value in (cache.block_size, cache.num_blocks, scheduler.max_num_seqs, request.priority, state.seed):
+        assert type(value) is int
+    assert type(cache.kv_cache_gib) is float
+
+
 def test_ids_and_salts_may_be_any_string(tiny: folo.Params) -> None:
     request = folo.Request(prompt(40), folo.SamplingParams(max_tokens=1), "\ud800", cache_salt="\udfff")
     assert run(tiny, [request])["\ud800"].finished
@@ -382,6 +401,7 @@ BAD_REQUESTS = [
     ([3, 300], {}, r"token id 300 is outside the vocabulary, \[0, 300\)"),
     ([-1], {}, "token id -1 is outside"),
     ([3.5], {}, "must be ints"),
+    ([3, True], {}, "must be ints, got True or False"),
     (b"abc", {}, "must be ints, got b'abc': encode text"),
     ([3] * 256, {}, "leaves no room for output under max_model_len=256"),
     ([3], {"stop": "x"}, "stop strings need a tokenizer"),
@@ -456,6 +476,8 @@ def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
         (lambda p: folo.ModelConfig(seed=-1), "seed=-1"),
         (lambda p: folo.EngineConfig(cache=cast("Any", None)), "cache=None: expected a CacheConfig"),
         (lambda p: folo.init(p, folo.CacheConfig(kv_cache_gib=1e-5)), "are kept for steps in flight"),
+        (lambda p: folo.init(cast("Any", None)), "params=None: expected what folo.load returns"),
+        (lambda p: folo.rebind(folo.init(p), cast("Any", "model")), "params='model': expected"),
         (lambda p: folo.init(p, folo.CacheConfig(num_blocks=10**11)), "no memory for a KV heap of 10000000"),
         (lambda p: folo.init(p, folo.CacheConfig(num_blocks=10**30)), "no memory for a KV heap of 10000000"),
         (

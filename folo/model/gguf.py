@@ -187,7 +187,10 @@ class GGUFFile:
             raise LoadError(
                 f"{self._path}: rope_freqs.weight has shape {tensor.shape}, not ({head_dim // 2},)."
             )
-        return tuple(self._dequantise(tensor, slice(0, head_dim // 2)).tolist())
+        factors = tuple(self._dequantise(tensor, slice(0, head_dim // 2)).tolist())
+        if not all(0 < factor < math.inf for factor in factors):
+            raise LoadError(f"{self._path}: rope_freqs.weight has to be finite and above 0: {factors}.")
+        return factors
 
     def _refuse_unsupported(self, arch: str, head_dim: int, context: int) -> None:
         """What would change the model's outputs if it were ignored."""

@@ -37,8 +37,7 @@ def fork(
     Args:
         id: the parent, whether it waits, runs or has finished.
         children: the ids of the new requests.
-        sample: which sample of the parent, as `Tokens.sample_indices` counts them. So does the index of
-            an output, but for those of a best_of that has ended: they are sorted.
+        sample: which sample of the parent, as `CompletionOutput.sample_index` counts them.
         keep: how many of its tokens a child keeps, the prompt's included; None: all.
         append: token ids that are forced to follow: one list for all children, or a list for each.
             They are output tokens; they stop nothing, and have logprobs where the request wants them.

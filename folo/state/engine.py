@@ -148,11 +148,12 @@ def init(
             independent of what else runs.
 
     Raises:
-        ConfigError: the seed is out of range; a configuration of another type; the heap would hold no
-            block, or takes more memory than there is; max_model_len exceeds the model or the heap; the
-            attention backend cannot be had.
+        ConfigError: the seed is out of range; no Params, or a configuration of another type; the heap would
+            hold no block, or takes more memory than there is; max_model_len exceeds the model or the heap;
+            the attention backend cannot be had.
     """
-    require_seed(seed)
+    require_params(params)
+    seed = require_seed(seed)
     cache = CacheConfig() if cache is None else cache
     scheduler = SchedulerConfig() if scheduler is None else scheduler
     require_kind("cache", cache, CacheConfig)
@@ -200,6 +201,12 @@ def init(
         tokenizer=tokenizer,
         attention=backend,
     )
+
+
+def require_params(params: Any) -> None:
+    """Raises ConfigError for what is no Params."""
+    if not hasattr(params, "fingerprint"):  # the state never imports the model
+        raise ConfigError(f"params={params!r}: expected what folo.load returns")
 
 
 def margin(cache: CacheConfig, scheduler: SchedulerConfig, device: torch.device) -> int:

@@ -102,6 +102,7 @@ def _completion(
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
         seed=origin.seed,
+        sample_index=origin.sample,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from folo.config import SchedulerConfig, require_kind
 from folo.errors import ConfigError, ParamsMismatchError
-from folo.state.engine import EngineState, Held, longest_sequence, margin
+from folo.state.engine import EngineState, Held, longest_sequence, margin, require_params
 from folo.state.evolve import evolve
 from folo.state.flight import landed_or_before
 from folo.state.lifecycle import origin_of, preempt, vacate
@@ -28,7 +28,9 @@ def rebind(state: EngineState, params: Params) -> EngineState:
 
     Raises:
         ParamsMismatchError: the weights are of another architecture, dtype or device.
+        ConfigError: no Params.
     """
+    require_params(params)
     old = state.params
     for name, mine, theirs in (
         *((f"config.{f.name}", getattr(old.config, f.name), getattr(params.config, f.name))
@@ -44,10 +46,16 @@ def rebind(state: EngineState, params: Params) -> EngineState:
     return evolve(
         state,
         params=params,
-        waiting=tuple(_foreign(s) if s.num_output else _unscored(s) for s in state.waiting),
+        waiting=tuple(_foreign(s) if _past_prompt(s) else _unscored(s) for s in state.waiting),
         requests=_ended_before(state.requests),
         finished=_ended_before(state.finished),
     )
+
+
+def _past_prompt(sequence: Sequence) -> bool:
+    # A fork may have forced output behind a prompt that is not scored to its end yet.
+    origin = sequence.origin
+    return sequence.num_output > 0 and origin.scored_from + sequence.scores.length >= origin.num_prompt
 
 
 def _unscored(sequence: Sequence) -> Sequence:
