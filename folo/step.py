@@ -174,10 +174,10 @@ def _compiled(run: Run) -> Run:
             for weight in pytree.tree_leaves(params):
                 torch._dynamo.mark_static(weight)
             marked.add(params)
-        # Sizes of 0 and 1 are hardly ever cases of their own, and equal sizes are not taken for one size.
-        # What is compiled for the models of a process shares the limit.
+        # Sizes of 0 and 1 are hardly ever cases of their own, and equal sizes are not taken for one. Ints are
+        # constants of the configuration. What is compiled for the models of a process shares the limit.
         symbols = fx_config.patch(use_duck_shape=False, backed_size_oblivious=True)  # pyright: ignore[reportAttributeAccessIssue]
-        with torch._dynamo.config.patch(recompile_limit=64), symbols:
+        with torch._dynamo.config.patch(recompile_limit=64, specialize_int=True), symbols:
             return run(params, bound, inputs)
 
     return limited

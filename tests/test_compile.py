@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import tiny_checkpoint
 from engine import prompt
+from gptq_files import Style, gptq_checkpoint
+from torch._inductor import metrics
 
 import folo
 from folo.model.forward import layer_in_heap
@@ -46,6 +49,20 @@ def test_one_graph_serves_all_layers_and_nothing_is_compiled_again(tiny: folo.Pa
     assert 1 <= entries <= 6, "a graph each for sizes of 1 and for larger ones, of tokens, sequences, tables"
     with torch.compiler.set_stance("fail_on_recompile"):
         outputs(tiny, compiled, 4)
+
+
+@pytest.mark.parametrize("kind", ["packed", "plain", "quantised beside dense"])
+def test_a_layer_leaves_a_compiler_nothing_to_make_code_for(kind: str, tmp_path: Path) -> None:
+    if kind == "quantised beside dense":
+        gptq_checkpoint(tmp_path, Style(), skip=("layers.1.self_attn.v_proj",), architecture="qwen3")
+    else:
+        tiny_checkpoint(tmp_path, "qwen3")
+    params = folo.load(tmp_path, pack=kind != "plain", use_tqdm=False)
+    metrics.reset()
+    compiled = outputs(params, folo.compile(folo.step, mode="inductor"), 3)
+    assert metrics.ir_nodes_pre_fusion > 0
+    assert metrics.generated_kernel_count == 0
+    assert compiled == outputs(params, folo.step, 3)
 
 
 def test_auto_is_the_faster_one_as_measured(tiny: folo.Params) -> None:

@@ -61,7 +61,7 @@ def decoder_layer(
     """
     x = attend(layer, _linear(x, layer.qkv, op), angles)
     if wanted is not None:
-        x, residual = x[wanted], residual[wanted]
+        x, residual = op.take_rows(x, wanted), op.take_rows(residual, wanted)
     x, residual = op.add_rms_norm(_linear(x, layer.out, op), residual, layer.post_norm, eps)
     x = _linear(op.gated_linear(x, layer.gate_up.weight, layer.gate_up.bias), layer.down, op)
     return op.add_rms_norm(x, residual, next_norm, eps)
@@ -101,6 +101,9 @@ def layer_in_heap(
     where = slots, block_tables, query_start, seq_lens
     if attention == "cpu" and (own := in_groups([(layer, next_norm)])):
         return ops.decoder_layers(x, residual, angles, *own, *_sizes(config), [k], [v], *where, wanted)
+    # To a compiler these sizes are symbols, unless it is told; what it cannot compare it copies.
+    assert x.shape[1] == residual.shape[1] == config.hidden_size
+    assert (k.shape[2], angles.shape[1]) == (config.num_kv_heads, config.head_dim)
     eps, scale = config.rms_norm_eps, config.head_dim**-0.5
 
     def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:

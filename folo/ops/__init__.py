@@ -27,6 +27,7 @@ from folo.ops.library import (
     rms_norm,
     rope_angles,
     silu_mul,
+    take_rows,
     warp,
 )
 from folo.ops.quantized import quantized
@@ -51,5 +52,6 @@ __all__ = [
     "rms_norm",
     "rope_angles",
     "silu_mul",
+    "take_rows",
     "warp",
 ]

@@ -70,6 +70,17 @@ _quantized_linear = _op(
     lambda x, codes, scales, zeros, columns, n, bias=None, wide=False: _products(x, n, wide),
 )
 _op("pack(Tensor weight) -> Tensor", pack, pack)
+# No arithmetic; but all that a compiler would have to make code for.
+_join = _op(
+    "join(Tensor[] parts) -> Tensor",
+    lambda parts: torch.cat(parts, 1),
+    lambda parts: parts[0].new_empty((parts[0].shape[0], sum(part.shape[1] for part in parts))),
+)
+take_rows = _op(
+    "take_rows(Tensor x, Tensor rows) -> Tensor",
+    reference.take_rows,
+    lambda x, rows: _wanted(x, rows),
+)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, wide: bool = False) -> Tensor:
@@ -83,7 +94,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, wide: bool = F
         )
     if isinstance(weight, Stacked):
         biases = [None] * len(weight.parts) if bias is None else bias.split(weight.heights)
-        return torch.cat([linear(x, *part, wide) for part in zip(weight.parts, biases, strict=True)], 1)
+        return _join([linear(x, *part, wide) for part in zip(weight.parts, biases, strict=True)])
     return _linear(x, weight, bias, wide)
 
 

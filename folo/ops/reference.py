@@ -95,6 +95,11 @@ def quantized_linear(
     return out if wide else out.to(x.dtype)
 
 
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows, int64 `[R]`, of x `[T, D]` -> `[R, D]`."""
+    return x[rows]
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dim (Zhang & Sennrich 2019), in float32 within.
 
