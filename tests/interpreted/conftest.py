@@ -6,6 +6,7 @@ It shows that rows, columns and tails find their places and that the contract ho
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from functools import cache
@@ -19,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("tests/interpreted needs TRITON_INTERPRET=1 in the environment")
 
 from triton import language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 _patch_tensor = interpreter._patch_lang_tensor
@@ -44,6 +46,29 @@ def _block_type_once(self: Any, element_ty: Any, shape: Any) -> None:
         _attributes[key] = self.__dict__
     self.__dict__ = _attributes[key]
     return None
+
+
+def _tensor_of_type(self: Any, handle: Any, type: Any) -> None:
+    """Tensors of one type share its shape and size, which Triton makes anew for each."""
+    known = type.__dict__.get("_known")
+    if known is None:
+        shape = type.shape if type.is_block() else ()
+        known = tl.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
+        type.__dict__["_known"] = known
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = known
+
+
+_NEVER_PROMOTED = {"fp32", "int32", "int64"}
+_typed = TritonSemantic.binary_op_type_checking_impl
+
+
+def _typed_at_once(self: Any, lhs: Any, rhs: Any, *options: Any, **named: Any) -> Any:
+    """Two blocks of one type, as nearly always, stay what they are."""
+    tensors = type(lhs) is type(rhs) is tl.tensor
+    if tensors and lhs.type.__dict__ is rhs.type.__dict__ and lhs.dtype.name in _NEVER_PROMOTED:
+        return lhs, rhs
+    return _typed(self, lhs, rhs, *options, **named)
 
 
 _type_for_tuple_values = tl.core._type_for_tuple_values
@@ -73,6 +98,8 @@ def _dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
 
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter._patch_lang_tensor = _patch_tensor_and_index
+tl.tensor.__init__ = _tensor_of_type
+TritonSemantic.binary_op_type_checking_impl = _typed_at_once
 tl.block_type.__init__ = _block_type_once
 tl.core._type_for_tuple_values = _tuple_type_once
 interpreter._get_np_dtype = _np_dtype_once
