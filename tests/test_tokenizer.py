@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +80,12 @@ def test_pre_tokenizers_cut_as_llama_cpp_does(tmp_path: Path, pre: str, expected
     assert pieces(tokenizer, "It's 12345   (ok)\n\nx") == expected
 
 
-def test_loading_is_quick_and_leaves_the_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "dequantize", None)
-    start = time.perf_counter()
-    load_tokenizer()
-    assert time.perf_counter() - start < 2
+def test_loading_leaves_the_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a tokenizer has no use for a weight")
+
+    monkeypatch.setattr(gguf, "dequantize", refuse)
+    assert load_tokenizer().encode(" the") == [260]
 
 
 @pytest.mark.parametrize("text", TEXTS)

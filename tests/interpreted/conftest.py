@@ -89,7 +89,7 @@ def _np_dtype_once(dtype: Any) -> Any:
     return np.dtype(np.uint64) if dtype.scalar.is_ptr() else _np_dtype_of_scalar(dtype.scalar)
 
 
-def _dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
     """A row's product, wherever in its tile it stands: NumPy's own leaves that to a BLAS, whose bits vary."""
     a, b = (np.ascontiguousarray(x.data, dtype=d.data.dtype) for x in (a, b))
     product = np.einsum("...mk,...kn->...mn", a, b)
