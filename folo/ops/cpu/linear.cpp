@@ -70,11 +70,10 @@ template <typename T, int R, int V>
       });
     });
   };
-  if (out.wide) {
-    write_to(static_cast<float*>(out.begin));
-  } else {
-    write_to(static_cast<T*>(out.begin));
+  if constexpr (!std::is_same_v<T, float>) {  // called twice it would not be inlined
+    if (!out.wide) return write_to(static_cast<T*>(out.begin));
   }
+  write_to(static_cast<float*>(out.begin));
 }
 
 // R rows times C tiles.
@@ -99,7 +98,7 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
       columns[v] = P::columns(w + ((v / kVectors) * depth + k) * kTile + (v % kVectors) * kLanes);
     });
     each<R>([&](auto r) {
-      auto x = P::row(read(rows[r] + k));
+      const auto x = P::row(rows[r] + k);
       each<V>([&](auto v) { sums[r][v] = P::step(sums[r][v], columns[v], x); });
     });
   }

@@ -40,7 +40,7 @@ inline void row_block(const typename A::X* rows, int64_t row_stride, int64_t dep
   for (int64_t u = 0; u < depth; ++u) {
     for (int c = 0; c < C; ++c) {
       const auto many = A::columns(reinterpret_cast<const typename A::W*>(columns(u, c)));
-      for (int r = 0; r < R; ++r) sums[r][c] = A::step(sums[r][c], many, A::row(rows[r * row_stride + u]));
+      for (int r = 0; r < R; ++r) sums[r][c] = A::step(sums[r][c], many, A::row(rows + r * row_stride + u));
     }
   }
   for (int r = 0; r < R; ++r)

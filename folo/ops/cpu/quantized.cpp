@@ -106,7 +106,7 @@ struct Multiplier {
           if constexpr (Keep) keep(wide + v / kVectors * kWideTile + unit() * kTile + lane, columns[v]);
         }
         for (int r = 0; r < R; ++r) {
-          const auto one = P::row(read(x + r * stride + unit()));
+          const auto one = P::row(x + r * stride + unit());
           for (int v = 0; v < V; ++v) sums[r][v] = P::step(sums[r][v], columns[v], one);
         }
       });
@@ -126,7 +126,7 @@ struct Multiplier {
       for (int v = 0; v < V; ++v)
         columns[v] = P::columns(wide + v / kVectors * kWideTile + v % kVectors * kLanes);
       for (int r = 0; r < R; ++r) {
-        const auto one = P::row(read(x + r * stride + unit));
+        const auto one = P::row(x + r * stride + unit);
         for (int v = 0; v < V; ++v) sums[r][v] = P::step(sums[r][v], columns[v], one);
       }
     }

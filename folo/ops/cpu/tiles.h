@@ -16,7 +16,7 @@ struct Singles {
   using X = float;
   using W = Stored;
   static Float columns(const W* w) { return load(w); }
-  static Float row(X x) { return all(x); }
+  static Float row(const X* x) { return all(*x); }
   static Float step(Float sum, Float w, Float x) { return fma(w, x, sum); }
 };
 // A pair of 16-bit elements at a time: one product after the other, in float32.
@@ -31,7 +31,7 @@ struct Split {
   };
   using W = uint32_t;
   static Both columns(const W* w) { return split(w, Stored{}); }
-  static Both row(X x) { return {all(x.even), all(x.odd)}; }
+  static Both row(const X* x) { return {all(x->even), all(x->odd)}; }
   static Float step(Float sum, Both w, Both x) { return fma(w.odd, x.odd, fma(w.even, x.even, sum)); }
 
  private:
@@ -68,7 +68,11 @@ struct Pairs {
   using X = uint32_t;
   using W = uint32_t;
   static __m512i columns(const W* w) { return _mm512_loadu_si512(w); }
-  static __m512i row(X x) { return _mm512_set1_epi32(int(x)); }
+  static __m512i row(const X* x) {
+    int pair;  // a caller's x is aligned to its elements, not to pairs of them
+    std::memcpy(&pair, x, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
   static Float step(Float sum, __m512i w, __m512i x) {
     return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x))};
   }
@@ -80,14 +84,6 @@ using Pairs = Split<bf16>;
 constexpr int kVectors = kTile / kLanes;        // of a tile
 constexpr int kWide = kLanes == 16 ? 4 : 1;     // tiles that a block of rows goes over at once
 constexpr int kRows = 6;                        // rows of a block: kRows * kWide * kVectors sums in registers
-
-// A caller's x is aligned to its elements, not to pairs of them.
-template <typename X>
-inline X read(const X* at) {
-  X x;
-  std::memcpy(&x, at, sizeof x);
-  return x;
-}
 
 // Sums of one row and the columns of a tile, of which there are `count`, to the output.
 template <typename O, typename T>
