@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import torch
 from graphs import Recorded
 
 import folo
-from folo.bench import compare, gptq, graph, kernels, report, workloads
+from folo.bench import compare, gptq, graph, kernels, report, roofline, workloads
 from folo.bench.ablation import QUICK, Bench
 from folo.bench.compare import Comparison, PeerError, Worker, figure
 from folo.bench.peers import OWN
@@ -215,11 +216,36 @@ class TestKernels:
     def test_counts_bytes_and_operations(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, "BYTES", 1 << 22)  # what a cache may hold: nothing here looks at a time
         shape = kernels.Shape("small", {"out": (48, 32)}, (4, 2, 16))
-        results = kernels.measure(shape, lambda: Roofline(1e9, 1e12), lambda: None)
+        results = kernels.measure(shape, torch.bfloat16, lambda: Roofline(1e9, 1e12), lambda: None)
         one, *_, prefill = results
         assert (one.op, one.num_bytes, one.operations) == ("linear", 2 * 48 * 32 + 2 * (32 + 48), 2 * 48 * 32)
         assert prefill.operations == 4 * (2048 * 2049 // 2) * 4 * 16
         assert one.share == one.num_bytes / 1e9 / one.seconds
+
+    def test_takes_other_dtypes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    ) -> None:
+        monkeypatch.setattr(kernels, "BYTES", 1 << 22)
+        monkeypatch.setattr(roofline, "_SIDE", 64)
+        monkeypatch.setattr(kernels, "SHAPES", (kernels.Shape("small", {"out": (48, 32)}, (4, 2, 16)),))
+        files = ["--json", str(tmp_path / "k.json"), "--plot", str(tmp_path / "k.png")]
+        assert main(["bench", "kernels", "--dtype", "float32", *files]) == 0
+        assert "GFLOP/s in float32" in capsys.readouterr().out
+        found = json.loads((tmp_path / "k.json").read_text())["results"]
+        assert (found["dtype"], found["roofline"]["dtype"]) == ("float32", "float32")
+        assert found["ops"][0]["num_bytes"] == 4 * 48 * 32 + 4 * (32 + 48)
+        assert matplotlib.image.imread(tmp_path / "k.png").shape[1] > 900
+
+    def test_the_roofline_is_that_of_a_dtype_that_torch_multiplies_quickly(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def timed(slow: torch.dtype, call: Callable[[], torch.Tensor]) -> float:
+            return 9 if call().dtype == slow else 1
+
+        monkeypatch.setattr(roofline, "_SIDE", 64)
+        for slow, expected in ((torch.bfloat16, "float32"), (torch.float32, "bfloat16")):
+            monkeypatch.setattr(roofline, "timed", partial(timed, slow))
+            assert roofline.Machine().now().dtype == expected
 
 
 class TestGptq:

@@ -1,7 +1,7 @@
 """`folo bench kernels`: what each op reaches of what the machine allows, op by op and shape by shape.
 
 The roofline is measured between an op's runs: the rate at which memory is read, and the rate of torch's
-bfloat16 product of two large matrices. An op's bound is the larger of its bytes over the one and its
+product of two large matrices. An op's bound is the larger of its bytes over the one and its
 operations over the other. Every op runs on data that caches do not hold: on copies in turn that together
 exceed them.
 """
@@ -63,6 +63,7 @@ SHAPES = (
         (16, 8, 128),
     ),
 )
+DTYPES = ("bfloat16", "float16", "float32")
 ROWS = (1, 32, 256)
 CONTEXTS = (256, 4096)
 
@@ -96,31 +97,37 @@ class Result:
 Work = tuple[Sequence[Callable[[], object]], float, float]
 
 
-def _linear(n: int, k: int, rows: int) -> Work:
-    size = 2 * n * k
-    x = torch.ones(rows, k, dtype=torch.bfloat16)
+def _linear(dtype: torch.dtype, n: int, k: int, rows: int) -> Work:
+    size = dtype.itemsize * n * k
+    x = torch.ones(rows, k, dtype=dtype)
     count = min(_MOST, max(2, BYTES // size))
     arena = Arena(BYTES)
-    weights = [ops.packed(torch.ones(n, k, dtype=torch.bfloat16), arena) for _ in range(count)]
-    return [partial(ops.linear, x, w) for w in weights], size + 2 * rows * (k + n), 2 * rows * n * k
+    weights = [ops.packed(torch.ones(n, k, dtype=dtype), arena) for _ in range(count)]
+    num_bytes = size + dtype.itemsize * rows * (k + n)
+    return [partial(ops.linear, x, w) for w in weights], num_bytes, 2 * rows * n * k
 
 
 def _attention(
-    heads: tuple[int, int, int], batch: int, context: int, queries: int, scattered: bool = False
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    batch: int,
+    context: int,
+    queries: int,
+    scattered: bool = False,
 ) -> Work:
     """scattered: a sequence's pages lie anywhere, not one after the other as a new heap hands them out."""
     num_heads, num_kv_heads, head_dim = heads
     blocks = -(-context // _BLOCK_SIZE)
-    size = 4 * batch * context * num_kv_heads * head_dim
+    size = 2 * dtype.itemsize * batch * context * num_kv_heads * head_dim
     numbers = torch.Generator().manual_seed(0)
     count = min(_MOST, max(2, BYTES // size))
     starts = torch.arange(batch + 1, dtype=torch.int32) * queries
     lengths = torch.full((batch,), context, dtype=torch.int32)
-    q = torch.ones(batch * queries, num_heads, head_dim, dtype=torch.bfloat16)
+    q = torch.ones(batch * queries, num_heads, head_dim, dtype=dtype)
 
     def call() -> Callable[[], object]:
         shape = (1, batch * blocks, _BLOCK_SIZE, num_kv_heads, head_dim)
-        (k,), (v,) = (part.fill_(1) for part in kv_cache.zeros(shape, torch.bfloat16, torch.device("cpu")))
+        (k,), (v,) = (part.fill_(1) for part in kv_cache.zeros(shape, dtype, torch.device("cpu")))
         pages = (
             torch.randperm(batch * blocks, generator=numbers) if scattered else torch.arange(batch * blocks)
         )
@@ -128,31 +135,34 @@ def _attention(
         return lambda: ops.paged_attention(q, k, v, tables, starts, lengths, head_dim**-0.5)
 
     pairs = batch * sum(context - n for n in range(queries))  # of a query and a key that it sees
-    num_bytes = size + 4 * batch * queries * num_heads * head_dim
+    num_bytes = size + 2 * dtype.itemsize * batch * queries * num_heads * head_dim
     return [call() for _ in range(count)], num_bytes, 4 * pairs * num_heads * head_dim
 
 
-def cases(shape: Shape) -> list[tuple[str, str, Callable[[], Work]]]:
+def cases(shape: Shape, dtype: torch.dtype) -> list[tuple[str, str, Callable[[], Work]]]:
     """Op, shape and what makes its calls."""
     found: list[tuple[str, str, Callable[[], Work]]] = []
+    attention = partial(_attention, dtype, shape.heads)
     for rows in ROWS:
         for name, (n, k) in shape.linears.items():
             text = f"{name} [{rows}, {k}] x [{k}, {n}]"
-            found.append(("linear", text, partial(_linear, n, k, rows)))
+            found.append(("linear", text, partial(_linear, dtype, n, k, rows)))
     for context in CONTEXTS:
         for batch in (1, 16):
             text = f"decode, {batch} x {context} tokens"
-            found.append(("attention", text, partial(_attention, shape.heads, batch, context, 1)))
+            found.append(("attention", text, partial(attention, batch, context, 1)))
     text = f"decode, 1 x {CONTEXTS[-1]} tokens, scattered pages"
-    found.append(("attention", text, partial(_attention, shape.heads, 1, CONTEXTS[-1], 1, True)))
-    found.append(("attention", "prefill, 1 x 2048 tokens", partial(_attention, shape.heads, 1, 2048, 2048)))
+    found.append(("attention", text, partial(attention, 1, CONTEXTS[-1], 1, True)))
+    found.append(("attention", "prefill, 1 x 2048 tokens", partial(attention, 1, 2048, 2048)))
     return found
 
 
-def measure(shape: Shape, rates: Callable[[], Roofline], each: Callable[[], object]) -> list[Result]:
+def measure(
+    shape: Shape, dtype: torch.dtype, rates: Callable[[], Roofline], each: Callable[[], object]
+) -> list[Result]:
     """rates: `Machine.now`. The share is the median of those of neighbouring runs."""
     results = []
-    for op, text, make in cases(shape):
+    for op, text, make in cases(shape, dtype):
         calls, num_bytes, operations = make()
 
         def work(calls: Sequence[Callable[[], object]] = calls) -> None:
@@ -172,15 +182,17 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "kernels",
         help="what each op reaches of the roofline",
-        description="Time the linear layers and attention of two models in bfloat16, against the rates of "
-        "reading memory and of torch's matrix product, which are measured between their runs.",
+        description="Time the linear layers and attention of two models, against the rates of reading memory "
+        "and of torch's matrix product, which are measured between their runs. The product is one in float32 "
+        "where torch is faster in that.",
         allow_abbrev=False,
     )
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s")
     report.add_output_options(parser, plot=True)
     parser.set_defaults(run=_run)
 
 
-def plot(results: list[Result], roof: Roofline, path: str) -> None:
+def plot(results: list[Result], roof: Roofline, dtype: str, path: str) -> None:
     """Operations a second against operations a byte, under the roofline of the whole run.
 
     A point stands as far below it as the op stood below the rates of its moment.
@@ -199,7 +211,7 @@ def plot(results: list[Result], roof: Roofline, path: str) -> None:
         y = [r.share * r.operations / roof.seconds(r.num_bytes, r.operations) / 1e9 for r in own]
         axes.plot(x, y, "o", color=colour, label=op, markersize=4)
     axes.set(
-        xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title="Kernels in bfloat16"
+        xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title=f"Kernels in {dtype}"
     )
     axes.grid(alpha=0.3)
     axes.legend()
@@ -207,11 +219,12 @@ def plot(results: list[Result], roof: Roofline, path: str) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    machine = Machine()
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    machine = Machine(dtype)
     results: list[Result] = []
-    with tqdm(total=sum(len(cases(shape)) for shape in SHAPES), desc="Kernels", unit="op") as bar:
+    with tqdm(total=sum(len(cases(shape, dtype)) for shape in SHAPES), desc="Kernels", unit="op") as bar:
         for shape in SHAPES:
-            results += measure(shape, machine.now, bar.update)
+            results += measure(shape, dtype, machine.now, bar.update)
     roof = middle([result.roof for result in results])
     rows = [
         [
@@ -233,8 +246,8 @@ def _run(args: argparse.Namespace) -> None:
     )
     print(f"\nroofline, in the median: {roof}")
     if args.json:
-        content = {"roofline": asdict(roof), "ops": [asdict(result) for result in results]}
+        content = {"dtype": args.dtype, "roofline": asdict(roof), "ops": [asdict(r) for r in results]}
         report.write_json(args.json, "kernels", content)
     if args.plot:
-        plot(results, roof, args.plot)
+        plot(results, roof, args.dtype, args.plot)
     report.print_files(args)

@@ -20,29 +20,40 @@ _SIDE = 2048
 
 @dataclass(frozen=True)
 class Roofline:
-    """Bytes a second that can be read, and bfloat16 operations a second."""
+    """Bytes a second that can be read, and operations a second of products in `dtype`."""
 
     read: float
     multiply: float
+    dtype: str = "bfloat16"
 
     def __str__(self) -> str:
-        return f"{self.read / 1e9:.1f} GB/s read, {self.multiply / 1e9:,.0f} GFLOP/s in bfloat16"
+        return f"{self.read / 1e9:.1f} GB/s read, {self.multiply / 1e9:,.0f} GFLOP/s in {self.dtype}"
 
     def seconds(self, num_bytes: float, operations: float) -> float:
         return max(num_bytes / self.read, operations / self.multiply)
 
 
 class Machine:
-    """Reads what no cache holds, and multiplies two large matrices."""
+    """Reads what no cache holds, and multiplies two large matrices: in float32 where torch is faster in that,
+    as with bfloat16 on a CPU that has no instruction for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self._read = torch.ones(BYTES // 8, dtype=torch.int64).max
-        square = torch.ones(_SIDE, _SIDE, dtype=torch.bfloat16)
-        self._multiply = partial(torch.mm, square, square)
-        self.now()  # once, to wake threads
+        small = {kind: _product(256, kind) for kind in (dtype, torch.float32)}
+        for call in small.values():
+            call()  # once, to wake threads
+        self.dtype = min(small, key=lambda kind: timed(small[kind]))
+        self._multiply = _product(_SIDE, self.dtype)
+        self.now()
 
     def now(self) -> Roofline:
-        return Roofline(BYTES / timed(self._read), 2 * _SIDE**3 / timed(self._multiply))
+        rate = 2 * _SIDE**3 / timed(self._multiply)
+        return Roofline(BYTES / timed(self._read), rate, str(self.dtype).removeprefix("torch."))
+
+
+def _product(side: int, dtype: torch.dtype) -> Callable[[], object]:
+    square = torch.ones(side, side, dtype=dtype)
+    return partial(torch.mm, square, square)
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -54,4 +65,5 @@ def timed(call: Callable[[], object]) -> float:
 
 def middle(roofs: Sequence[Roofline]) -> Roofline:
     """The medians of their rates."""
-    return Roofline(median(roof.read for roof in roofs), median(roof.multiply for roof in roofs))
+    rates = median(roof.read for roof in roofs), median(roof.multiply for roof in roofs)
+    return Roofline(*rates, roofs[0].dtype)
