@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_what_cannot_be_evaluated(
 ) -> None:
     with pytest.raises(folo.ConfigError, match=message):
         quant.perplexity(tiny, ids, window, stride)
+
+
+@pytest.mark.parametrize("ids", [[3, 4, 300], [3, 4, -1], [300, 3, 4], [3] * 20 + [300]])
+def test_an_unknown_token_is_refused_even_the_last_one(ids: list[int], tiny: folo.Params) -> None:
+    for measure in (quant.perplexity, partial(quant.compare, tiny)):
+        with pytest.raises(folo.ConfigError, match=r"token id (300|-1) is outside the model's vocabulary"):
+            measure(tiny, ids, 8, 4, use_tqdm=False)
 
 
 def test_a_model_is_at_no_distance_from_itself(tiny: folo.Params) -> None:

@@ -52,8 +52,8 @@ def perplexity(
     A window has up to `window` tokens and begins `stride` after the one before; what is predicted in it are
     the tokens that no window before it held.
 
-    Raises ConfigError if there are fewer than two tokens, or the window is not in the model's range, or the
-    stride not in the window's.
+    Raises ConfigError if there are fewer than two tokens, or one that the model does not have, or the window
+    is not in the model's range, or the stride not in the window's.
     """
     losses = [
         -ops.pick_logprobs(logits, targets, 0)[0]
@@ -95,6 +95,10 @@ def _predictions(
     limit = min(params.config.max_position_embeddings for params in models)
     if len(ids) < 2:
         raise ConfigError(f"the text has {len(ids)} tokens: there is nothing to predict")
+    vocab_size = models[0].config.vocab_size
+    for id in (min(ids), max(ids)):  # the last one is only predicted: `forward` never sees it
+        if not 0 <= id < vocab_size:
+            raise ConfigError(f"token id {id} is outside the model's vocabulary of {vocab_size}")
     if not 2 <= window <= limit:
         raise ConfigError(f"window={window}: expected 2 to {limit} tokens")
     if not 1 <= stride < window:
