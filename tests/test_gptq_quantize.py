@@ -209,6 +209,23 @@ def test_the_same_input_gives_the_same_bytes(tiny: folo.Params, threads: None) -
     assert len(found) == 1
 
 
+def test_torchs_defaults_have_no_say(tiny: folo.Params) -> None:
+    """Deterministic: the arguments alone decide, not what the caller's own tensors are by default."""
+
+    def found() -> list[str]:
+        fitted = quant.quantize(tiny, CALIBRATION[:1], CONFIGS[0], use_tqdm=False)
+        return [fitted.fingerprint, quant.nearest(tiny, CONFIGS[0], use_tqdm=False).fingerprint]
+
+    expected = found()
+    with torch.device("meta"):
+        assert found() == expected
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert found() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_rounding_a_model_to_nearest_is_fitted_to_nothing(tiny: folo.Params) -> None:
     weight = tiny.layers[1].down.weight
     assert not isinstance(weight, Tensor)

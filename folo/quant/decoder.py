@@ -53,9 +53,10 @@ def quantize(
     config = config or QuantConfig()
     _check(params)
     _check_calibration(params, calibration)
-    streams = [embedded(params, ids, torch.arange(len(ids))) for ids in map(torch.tensor, calibration)]
     layers: list[Layer] = []
-    with tqdm(total=len(params.layers), desc="Quantizing", unit="layer", disable=not use_tqdm) as progress:
+    progress = tqdm(total=len(params.layers), desc="Quantizing", unit="layer", disable=not use_tqdm)
+    with torch.device("cpu"), progress:  # whatever torch.set_default_device says
+        streams = [embedded(params, ids, torch.arange(len(ids))) for ids in map(torch.tensor, calibration)]
         for index, (layer, next_norm) in enumerate(layers_with_next_norm(params)):
 
             def quantised(name: str, linear: Linear, inputs: Sequence[Tensor], index: int = index) -> Linear:
@@ -87,12 +88,13 @@ def nearest(params: Params, config: QuantConfig | None = None, use_tqdm: bool = 
         weight = _plain(linear.weight)
         return Linear(ops.quantized(gptq(weight, torch.eye(weight.shape[1]), config)), linear.bias)
 
-    layers = [
-        replace(
-            layer, **{name: quantised(getattr(layer, name)) for name in ("qkv", "out", "gate_up", "down")}
-        )
-        for layer in tqdm(params.layers, desc="Rounding", unit="layer", disable=not use_tqdm)
-    ]
+    with torch.device("cpu"):
+        layers = [
+            replace(
+                layer, **{name: quantised(getattr(layer, name)) for name in ("qkv", "out", "gate_up", "down")}
+            )
+            for layer in tqdm(params.layers, desc="Rounding", unit="layer", disable=not use_tqdm)
+        ]
     return replace(params, layers=tuple(layers))
 
 
@@ -150,9 +152,9 @@ def hessian(inputs: Sequence[Tensor]) -> Tensor:
     al. 2023, https://arxiv.org/abs/2309.17453), and errors that cost nothing elsewhere would be moved there.
     By ops whose bits do not depend on the number of threads.
     """
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
     for rows in map(torch.Tensor.float, inputs):
-        rows = ops.rms_norm(rows, torch.ones(rows.shape[1]), 0.0).nan_to_num()
+        rows = ops.rms_norm(rows, torch.ones(rows.shape[1], dtype=rows.dtype), 0.0).nan_to_num()
         rows[0] *= max(1.0, len(rows) * _SINK) ** 0.5
         columns = rows.t().contiguous()
         total = total + ops.linear(columns, columns).double()
