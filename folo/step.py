@@ -101,6 +101,7 @@ Run = Callable[[Params, Bound, Inputs], list[device.Sampled]]
 """The device function of a step, given its inputs on the host: what each tile of its rows comes to."""
 
 
+@torch.inference_mode(False)  # buffers that outlive a step are written to in other modes
 @torch.no_grad()
 def _step(
     run: Run, wait: bool, params: Params, state: EngineState, batch: Batch

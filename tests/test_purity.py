@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
 import random
 import subprocess
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from graphs import Recorded
 from safetensors import safe_open
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
@@ -27,8 +29,10 @@ import folo
 from folo import ops
 from folo.inputs import Inputs
 from folo.model import device
+from folo.model.forward import layer_in_heap
 from folo.state.bind import bind
 from folo.state.layout import inputs_of
+from folo.step import replayed
 
 # --- the device function
 
@@ -166,6 +170,31 @@ def test_params_remember_nothing_of_the_mode_that_they_were_first_read_in(tiny: 
     params = replace(tiny)
     with torch.inference_mode():
         assert not params.inv_freq.is_inference()
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_state_may_be_made_in_one_mode_and_stepped_in_another(tiny: folo.Params, replays: bool) -> None:
+    """Once inference mode is left, torch writes to no tensor that was made in it."""
+    sampling = folo.SamplingParams(seed=1, max_tokens=12, ignore_eos=True)
+
+    def outputs(*modes: bool) -> dict[str, folo.RequestOutput]:
+        """The first mode is the one to make the state in; they take turns."""
+        step = replayed(Recorded(), layer_in_heap) if replays else folo.step
+        with torch.inference_mode(modes[0]):
+            state = folo.init(tiny, folo.CacheConfig(num_blocks=16, reserve_blocks=600))
+        state = folo.submit(state, folo.Request([5] * 20, sampling, "a"))
+        for number in itertools.count(1):
+            with torch.inference_mode(modes[number % len(modes)]):
+                if (batch := folo.schedule(state)) is None:
+                    break
+                state, _ = step(tiny, state, batch)
+            if number in (2, 6):  # so that a block is copied
+                state = folo.fork(state, "a", [f"fork {number}"], seeds=[number])
+        return folo.outputs(state)
+
+    expected = outputs(False)
+    for modes in ((True,), (True, False), (True, True, True, True, False), (False, True, True, True)):
+        assert outputs(*modes) == expected
 
 
 # --- the random state, torch's defaults and the arguments

@@ -56,7 +56,8 @@ class KVHeap:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.k, self.v = kv_cache.zeros(shape, dtype, device)
+        with torch.inference_mode(False):  # whoever makes it, others write to it in other modes
+            self.k, self.v = kv_cache.zeros(shape, dtype, device)
         self.num_blocks = shape[1]
         # Last in, first out: warm blocks are reused. A dict (of which only the keys count), since a block's
         # index can be put back into it by C alone: an interrupt in a __del__ would lose the block.
