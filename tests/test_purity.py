@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from engine import run
 from graphs import Recorded
 from safetensors import safe_open
 from torch import Tensor
@@ -227,6 +228,20 @@ def test_the_default_device_of_torch_has_no_say(tiny: folo.Params, tmp_path: Pat
         with safe_open(tmp_path / name, "pt") as file:
             digests.add(file.metadata()["sha256"])
     assert len(digests) == 1, "the same was saved"
+
+
+def test_autocast_has_no_say(tiny: folo.Params, each_instruction_set: str) -> None:
+    """As around the loss of a training loop that samples, too."""
+    sampling = folo.SamplingParams(seed=1, max_tokens=4, logprobs=2, prompt_logprobs=1)
+
+    def outputs() -> dict[str, folo.RequestOutput]:
+        return run(tiny, [folo.Request([5, 6, 7] * 8, sampling, "a")])
+
+    expected, ids = outputs(), torch.tensor([5, 6, 7])
+    logits = folo.model.forward(tiny, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert outputs() == expected
+        assert torch.equal(folo.model.forward(tiny, ids), logits)
 
 
 def generated(params: folo.Params) -> list[list[int]]:

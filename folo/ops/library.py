@@ -8,6 +8,7 @@ op itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -30,9 +31,15 @@ def _op(
     for lib in _LIBRARIES:
         lib.define(schema)
         if implementation is not None:
-            lib.impl(name, implementation, "CompositeExplicitAutograd")
+            lib.impl(name, partial(_exactly, implementation), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{lib.ns}::{name}", shape, lib=lib)
     return getattr(torch.ops.folo, name).default
+
+
+def _exactly(implementation: Callable[..., Any], *arguments: Any) -> Any:
+    """In the dtypes of its arguments, whatever torch.autocast would make of the products within."""
+    with torch._C._DisableAutocast():
+        return implementation(*arguments)
 
 
 def _rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
