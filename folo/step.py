@@ -6,7 +6,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
-from itertools import starmap
 from typing import Any
 from weakref import WeakSet
 
@@ -195,8 +194,11 @@ def _run(layer_function: Any, params: Params, bound: Bound, inputs: Inputs) -> l
 
 def _sampled(params: Params, hidden: Tensor, tiles: Items[Rows], rows: RowPlan) -> list[device.Sampled]:
     # No comprehension: before Python 3.12 it is a closure, which keeps blocks though a traceback is cleared.
-    pairs = zip(device.tiles_of(hidden, tiles), rows.tiles, strict=True)
-    return list(starmap(partial(_sample, params, rows), pairs))
+    # And no starmap, which would take a processor's StopIteration for the end of the tiles.
+    sampled: list[device.Sampled] = []
+    for tile, numbers in zip(device.tiles_of(hidden, tiles), rows.tiles, strict=True):
+        sampled.append(_sample(params, rows, tile, numbers))
+    return sampled
 
 
 def _sample(params: Params, rows: RowPlan, tiled: tuple[Tensor, Rows], numbers: range) -> device.Sampled:

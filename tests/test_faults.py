@@ -124,12 +124,13 @@ def test_the_copying_step_copies_and_preempts(tiny: folo.Params) -> None:
     assert folo.stats(after).preemptions > folo.stats(state).preemptions
 
 
-def test_a_failing_logits_processor_leaves_the_state_valid(tiny: folo.Params) -> None:
+@pytest.mark.parametrize("error", [FaultError, StopIteration])  # as `next` raises it
+def test_a_failing_logits_processor_leaves_the_state_valid(tiny: folo.Params, error: type[Exception]) -> None:
     broken = True
 
     def processor(logits: Any, context: folo.sampling.Context) -> Any:
         if broken and context.position == 12:
-            raise FaultError
+            raise error
         return logits
 
     state = folo.init(tiny, folo.CacheConfig(num_blocks=16))
@@ -139,7 +140,7 @@ def test_a_failing_logits_processor_leaves_the_state_valid(tiny: folo.Params) ->
     batch = folo.schedule(state)
     assert batch is not None
     for _ in range(3):
-        with pytest.raises(FaultError):
+        with pytest.raises(error):
             folo.step(tiny, state, batch)
         folo.check(state)
     broken = False
