@@ -46,6 +46,7 @@ def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState,
 
 
 Step = Callable[[Params, EngineState, Batch], tuple[EngineState, Tokens]]
+_EAGER: Step = step
 
 
 def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
@@ -65,8 +66,11 @@ def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
         the ops leave a compiler nothing to fuse and its guards take time in each layer.
 
     Raises:
-        ConfigError: an unknown mode; or, when stepping, "cudagraph" with params that are not on CUDA.
+        ConfigError: an unknown mode; another function than `folo.step`; or, when stepping, "cudagraph" with
+            params that are not on CUDA.
     """
+    if step is not _EAGER:
+        raise ConfigError(f"step={step!r}: expected folo.step itself, since its parts are what is compiled")
     if mode not in COMPILE_MODES:
         raise ConfigError(f"mode={mode!r}: expected one of {COMPILE_MODES}")
     if mode == "eager" or (mode == "auto" and not torch.cuda.is_available()):

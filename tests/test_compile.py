@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,13 @@ def test_auto_is_the_faster_one_as_measured(tiny: folo.Params) -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(folo.ConfigError, match=r"mode='fast'.*inductor"):
         folo.compile(folo.step, mode="fast")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("step", ["inductor", None, lambda *values: folo.step(*values)])
+@pytest.mark.parametrize("mode", ["auto", "eager", "inductor"])
+def test_another_function_is_refused_and_not_left_out(step: Any, mode: Any) -> None:
+    with pytest.raises(folo.ConfigError, match=r"step=.*: expected folo\.step itself"):
+        folo.compile(step, mode)
 
 
 def test_an_engine_is_compiled_as_its_configuration_says(tiny_dir: Path) -> None:
