@@ -21,13 +21,13 @@ from folo.state.sequence import TokenLogprobs
 from folo.transfer import upload
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokens:
     """The tokens that a step sampled, R of them.
 
     ids int64 `[R]`; logprobs float32 `[R]`, NaN where a request did not ask, None if none did; and
     for each the id of its request and its sample index. The tensors are on the device of the params,
-    where the step may still be in flight (`folo.compile`).
+    where the step may still be in flight (`folo.compile`); so this is compared by identity.
     """
 
     ids: Tensor

@@ -193,3 +193,12 @@ def test_tokens_say_whose_they_are(tiny: folo.Params) -> None:
     for id, output in folo.outputs(state).items():
         for completion in output.outputs:
             assert history[id, completion.index] == completion.token_ids
+
+
+def test_tokens_are_compared_without_looking_at_the_device(tiny: folo.Params) -> None:
+    state = started(tiny)
+    (_, first), (_, second) = next_step(tiny, state), next_step(tiny, state)
+    assert torch.equal(first.ids, second.ids)
+    assert first == first
+    assert first != second
+    assert len({first, second}) == 2
