@@ -202,3 +202,17 @@ def test_tokens_are_compared_without_looking_at_the_device(tiny: folo.Params) ->
     assert first == first
     assert first != second
     assert len({first, second}) == 2
+
+
+def test_values_that_hold_much_are_written_in_a_line(tiny: folo.Params) -> None:
+    """As messages do with an argument that is the wrong one."""
+    state = started(tiny, 2, steps=1)
+    batch = folo.schedule(state)
+    assert repr(state) == "EngineState(running=2, waiting=0, finished=0, steps=1)"
+    assert repr(batch) == "Batch([('0', 0, 1, 2), ('1', 0, 5, 6)], preempted=[])"
+    assert repr(tiny) == f"Params(config={tiny.config!r})"
+    swapped: Any = (tiny, batch, state)
+    with pytest.raises(
+        folo.StaleBatchError, match=r"the batch is EngineState\(running=2, .*\), not one that"
+    ):
+        folo.step(*swapped)

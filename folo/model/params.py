@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -67,12 +67,15 @@ def _optional(tensor: Tensor | None) -> list[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Params:
-    """All weights of one decoder. Never changed in place; `torch.func` transforms take it as a pytree."""
+    """All weights of one decoder. Never changed in place; `torch.func` transforms take it as a pytree.
 
-    embed: Tensor | Packed  # [V, D]; packed where it is the output layer's weight too
-    layers: tuple[Layer, ...]
-    norm: Tensor  # [D]
-    lm_head: Linear | None  # None: tied to `embed`
+    Its repr is the architecture: the weights, even abbreviated, would be a megabyte of text in a message.
+    """
+
+    embed: Tensor | Packed = field(repr=False)  # [V, D]; packed where it is the output layer's weight too
+    layers: tuple[Layer, ...] = field(repr=False)
+    norm: Tensor = field(repr=False)  # [D]
+    lm_head: Linear | None = field(repr=False)  # None: tied to `embed`
     config: DecoderConfig
 
     @property

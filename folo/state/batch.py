@@ -104,6 +104,10 @@ class Batch:
     origin: EngineState
     behind: Flight | None = None
 
+    def __repr__(self) -> str:
+        parts = [(*item.sequence.key, item.start, item.end) for item in self.scheduled]
+        return f"Batch({parts}, preempted={[sequence.key for sequence in self.preempted]})"
+
     @property
     def num_tokens(self) -> int:
         return sum(s.num_tokens for s in self.scheduled)

@@ -77,6 +77,10 @@ class EngineState:
     attention: str
     flight: Flight | None = None
 
+    def __repr__(self) -> str:  # all that it holds would be megabytes
+        held = f"running={len(self.running)}, waiting={len(self.waiting)}, finished={len(self.finished)}"
+        return f"EngineState({held}, steps={self.counters.steps})"
+
     def rank(self, sequence: Sequence) -> tuple[int, int, int]:
         """Who goes first: the priority if the policy says so, then arrival, then sample."""
         origin = sequence.origin
