@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import SupportsIndex
 
+from torch import Tensor
+
 from folo.errors import RequestError
 from folo.sampling import SamplingParams
 
@@ -58,7 +60,8 @@ def integers(what: str, ids: Iterable[SupportsIndex]) -> tuple[int, ...]:
     if isinstance(ids, (bytes, bytearray)):  # whose items are
         raise RequestError(f"{what} must be ints, got {bytes(ids[:40])!r}: encode text with the tokenizer")
     try:
-        given = tuple(ids)
+        # Items of a tensor are such themselves: those of a mask, or of a column, would pass for ints.
+        given = tuple(ids.tolist() if isinstance(ids, Tensor) else ids)
         numbers = tuple(map(operator.index, given))
     except TypeError as error:
         raise RequestError(f"{what} must be ints ({error})") from None

@@ -402,6 +402,8 @@ BAD_REQUESTS = [
     ([-1], {}, "token id -1 is outside"),
     ([3.5], {}, "must be ints"),
     ([3, True], {}, "must be ints, got True or False"),
+    (torch.tensor([True, False]), {}, "must be ints, got True or False"),
+    (torch.tensor([[3], [4]]), {}, "must be ints .*'list' object"),
     (b"abc", {}, "must be ints, got b'abc': encode text"),
     ([3] * 256, {}, "leaves no room for output under max_model_len=256"),
     ([3], {"stop": "x"}, "stop strings need a tokenizer"),
@@ -414,7 +416,7 @@ BAD_REQUESTS = [
 
 @pytest.mark.parametrize(("ids", "sampling", "message"), BAD_REQUESTS)
 def test_a_request_that_cannot_be_served_is_refused_at_submit(
-    tiny: folo.Params, ids: list[Any], sampling: dict[str, Any], message: str
+    tiny: folo.Params, ids: Any, sampling: dict[str, Any], message: str
 ) -> None:
     state = folo.init(tiny)
     with pytest.raises(folo.RequestError, match=message):
