@@ -482,6 +482,11 @@ def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
         (lambda p: folo.rebind(folo.init(p), cast("Any", "model")), "params='model': expected"),
         (lambda p: folo.init(p, folo.CacheConfig(num_blocks=10**11)), "no memory for a KV heap of 10000000"),
         (lambda p: folo.init(p, folo.CacheConfig(num_blocks=10**30)), "no memory for a KV heap of 10000000"),
+        (lambda p: folo.init(p, folo.CacheConfig(kv_cache_gib=1e308)), "no memory .*kv_cache_gib"),
+        (
+            lambda p: folo.init(p, folo.CacheConfig(num_blocks=8), folo.SchedulerConfig(max_num_seqs=10**12)),
+            "no memory .* 2000000000128 of them are for steps in flight .*lower .*max_num_seqs",
+        ),
         (
             lambda p: folo.init(p, scheduler=folo.SchedulerConfig(max_model_len=257)),
             "max_model_len=257 exceeds the model's 256 positions",

@@ -185,8 +185,9 @@ def init(
     except (OSError, OverflowError, torch.OutOfMemoryError) as error:
         raise ConfigError(
             f"no memory for a KV heap of {num_blocks + spare} blocks, "
-            f"{block_bytes * (num_blocks + spare) / 2**30:.1f} GiB ({error}); lower num_blocks, kv_cache_gib "
-            f"(CPU), gpu_memory_utilization (CUDA) or reserve_blocks"
+            f"{block_bytes * (num_blocks + spare) / 2**30:.1f} GiB ({error}); {spare} of them are for steps "
+            f"in flight and the reserve: lower num_blocks, kv_cache_gib (CPU), gpu_memory_utilization "
+            f"(CUDA), reserve_blocks, max_num_seqs or max_num_batched_tokens"
         ) from error
     return EngineState(
         running=(),
@@ -249,7 +250,7 @@ def _heap_bytes(cache: CacheConfig, device: torch.device) -> int:
         torch.cuda.empty_cache()  # what dropped heaps left with torch's allocator is free, too
         free, total = torch.cuda.mem_get_info(device)
         return int(free - (1 - cache.gpu_memory_utilization) * total)
-    return int(cache.kv_cache_gib * 2**30)
+    return int(min(cache.kv_cache_gib * 2**30, 2**63))  # infinity is no number of bytes
 
 
 # Sequences, requests and accounting are leaves: immutable values that no tensor function can map over.
