@@ -246,6 +246,9 @@ class TestBadInput:
             ({"group_size": 32.0}, "group_size=32.0: expected a positive integer, or -1"),
             ({"group_size": True}, "group_size=True"),
             ({"damp": 0.0}, r"damp=0.0"),
+            ({"damp": "0.1"}, "damp='0.1': expected a number between 0 and 1"),
+            ({"sym": 0}, "sym=0: expected True or False"),
+            ({"clip": "no"}, "clip='no': expected True or False"),
         ],
     )
     def test_configuration(self, values: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ let the columns that are still to come make up for the error."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -43,8 +44,11 @@ class QuantConfig:
             raise ConfigError(f"bits={self.bits!r}: expected one of {', '.join(map(str, BITS))}")
         if type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1):
             raise ConfigError(f"group_size={self.group_size!r}: expected a positive integer, or -1")
-        if not 0 < self.damp < 1:
+        if not isinstance(self.damp, Real) or not 0 < self.damp < 1:
             raise ConfigError(f"damp={self.damp!r}: expected a number between 0 and 1")
+        for name in ("sym", "desc_act", "clip"):
+            if not isinstance(getattr(self, name), bool):  # "no" is true
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False")
 
 
 def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> Grouped:
