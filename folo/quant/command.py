@@ -48,12 +48,21 @@ def register(commands: Any) -> None:
     for each, run in ((one, _perplexity), (two, _compare)):
         each.add_argument("--text", metavar="FILE", required=True, help="a UTF-8 text file")
         each.add_argument(
-            "--window", type=int, default=1024, metavar="N", help="tokens (default: %(default)s)"
+            "--window", type=int, default=1024, metavar="N", help="its tokens (default: %(default)s)"
         )
         each.add_argument(
-            "--stride", type=int, default=512, metavar="N", help="tokens (default: %(default)s)"
+            "--stride",
+            type=int,
+            default=512,
+            metavar="N",
+            help="tokens to the next one (default: %(default)s)",
         )
-        each.add_argument("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto")
+        each.add_argument(
+            "--dtype",
+            choices=("auto", "float32", "float16", "bfloat16"),
+            default="auto",
+            help="of the weights (default: auto, the checkpoint's own)",
+        )
         each.set_defaults(run=run)
 
 
@@ -73,7 +82,13 @@ def _register_quantize(commands: Any) -> None:
     )
     parser.add_argument("--desc-act", action="store_true", help="columns of the largest inputs first")
     parser.add_argument("--asym", action="store_true", help="zeros where each group's range puts them")
-    parser.add_argument("--damp", type=float, default=0.01, metavar="X", help="(default: %(default)s)")
+    parser.add_argument(
+        "--damp",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="added to the Hessian's diagonal, relative to its mean (default: %(default)s)",
+    )
     parser.add_argument(
         "--no-clip", action="store_true", help="scales that reach the largest weight of their group"
     )
