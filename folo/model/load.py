@@ -37,7 +37,7 @@ def load(
 ) -> Params:
     """Load a model's weights.
 
-    Beside the weights themselves, only a few million elements are held at any time.
+    Beside the weights themselves, one of them, at most, and a few million elements are held at any time.
 
     Args:
         model: a directory with config.json and safetensors, a `.gguf` file, a Hugging Face hub id, or None

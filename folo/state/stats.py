@@ -32,7 +32,7 @@ class Stats:
 
 
 def stats(state: EngineState) -> Stats:
-    """Count what a state holds; O(blocks in use)."""
+    """Count what a state holds; O(entries of all block tables)."""
     state = landed_or_before(state)
     size, pool, counters = state.cache.block_size, state.pool, state.counters
     tables = Counter(block.index for sequence in state.running for block in sequence.table.blocks)
