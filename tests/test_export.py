@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import ARCHITECTURES, tiny_checkpoint
 from safetensors import SafetensorError
+from torch.utils import _pytree as pytree
 from transformers import AutoModelForCausalLM
 
 import folo
@@ -63,6 +64,17 @@ def test_half_dtypes_are_kept(tmp_path: Path) -> None:
     export(params, tmp_path / "b")
     back = folo.load(tmp_path / "b", use_tqdm=False)
     assert back.dtype == torch.bfloat16
+    assert back.fingerprint == params.fingerprint
+
+
+def test_weights_that_were_mapped_to_another_dtype_come_back_in_it(tmp_path: Path) -> None:
+    """As those of a training, which keeps them in float32."""
+    tiny_checkpoint(tmp_path / "a", dtype=torch.bfloat16)
+    loaded = folo.load(tmp_path / "a", pack=False, use_tqdm=False)
+    params = pytree.tree_map(lambda weight: weight.float() * 1.001, loaded)
+    export(params, tmp_path / "b")
+    back = folo.load(tmp_path / "b", use_tqdm=False)
+    assert back.dtype == torch.float32
     assert back.fingerprint == params.fingerprint
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def export(params: Params, path: str | os.PathLike[str]) -> None:
             one way; nothing is written.
         OSError: the files cannot be written.
     """
-    config, generation = _hf_config(params.config), _generation_config(params.config)
+    decoder = replace(params.config, dtype=params.dtype)  # which a map over the weights may have changed
+    config, generation = _hf_config(decoder), _generation_config(decoder)
     if params.quantized:
         config["quantization_config"] = _quantization_config(params)
     path = Path(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -103,7 +103,8 @@ class Params:
         Packed weights have the fingerprint of the plain ones; of quantised ones it is all that they are
         made of.
         """
-        digest = sha256(repr(self.config).encode())
+        config = replace(self.config, dtype=self.dtype)  # which a map over the weights may have changed
+        digest = sha256(repr(config).encode())
         for path, leaf in pytree.tree_leaves_with_path(self, is_leaf=_is_packed):
             leaf: Tensor = leaf.plain() if isinstance(leaf, Packed) else leaf
             digest.update(f"{pytree.keystr(path)} {leaf.dtype} {tuple(leaf.shape)}".encode())
