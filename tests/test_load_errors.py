@@ -65,6 +65,12 @@ class TestLocation:
     def test_path_that_cannot_be(self, model: str) -> None:
         refuses(model, f"no such path: {model}")
 
+    @pytest.mark.parametrize("model", [5, b"model", ["model"]])
+    def test_what_is_no_path(self, model: Any) -> None:
+        refuses(model, "is neither a path nor an id")
+        with pytest.raises(LoadError, match="is neither a path nor an id"):
+            folo.load_tokenizer(model)
+
     def test_default_model_is_found_without_importing_its_package(self) -> None:
         assert locate(None).suffix == ".gguf"
         assert locate("default") == locate(None)

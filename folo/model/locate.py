@@ -21,8 +21,10 @@ def locate(model: str | os.PathLike[str] | None, weights: bool = True) -> Path:
     Raises:
         LoadError: there is no such path, or the package or the hub's files cannot be had.
     """
-    if model in (None, "default"):
+    if model is None or model == "default":
         return _default_model()
+    if not isinstance(model, (str, os.PathLike)):
+        raise LoadError(f"{model!r} is neither a path nor an id on the Hugging Face hub.")
     try:
         path = Path(model).expanduser()
         if path.exists():
