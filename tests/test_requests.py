@@ -480,6 +480,7 @@ def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
         (lambda p: folo.init(p, folo.CacheConfig(kv_cache_gib=1e-5)), "are kept for steps in flight"),
         (lambda p: folo.init(cast("Any", None)), "params=None: expected what folo.load returns"),
         (lambda p: folo.rebind(folo.init(p), cast("Any", "model")), "params='model': expected"),
+        (lambda p: folo.restore(cast("Any", "model"), "state.folo"), "params='model': expected"),
         (lambda p: folo.init(p, folo.CacheConfig(num_blocks=10**11)), "no memory for a KV heap of 10000000"),
         (lambda p: folo.init(p, folo.CacheConfig(num_blocks=10**30)), "no memory for a KV heap of 10000000"),
         (lambda p: folo.init(p, folo.CacheConfig(kv_cache_gib=1e308)), "no memory .*kv_cache_gib"),

@@ -20,7 +20,7 @@ from folo.ops.arithmetic import arithmetic
 from folo.sampling import Transform
 from folo.state.check import check
 from folo.state.document import Document, rebuild
-from folo.state.engine import EngineState, init
+from folo.state.engine import EngineState, init, require_params
 from folo.state.evolve import evolve
 from folo.state.heap import Block, Content
 from folo.state.lifecycle import preempt, vacate
@@ -58,6 +58,7 @@ def restore(
         ParamsMismatchError: it was saved with other weights.
         ConfigError: see `folo.init`.
     """
+    require_params(params)
     metadata, tensors = _read(Path(path))
     _compare(params, metadata, path, recompute)
     document: Document = json.loads(tensors["document"].numpy().tobytes())
