@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from folo import ops
-from folo.inputs import NO_LOGPROBS, ROWS_PER_TILE, Inputs, Rows
+from folo.inputs import NO_LOGPROBS, ROWS_PER_TILE, Inputs, Penalties, Rows
 from folo.model.forward import hidden_in_heap, layer_in_heap, logits
 from folo.model.params import Params
 from folo.ops.sampler import PURPOSE_DRAW
+
+_PENALTIES = [field.name for field in fields(Penalties)]  # `vars` is beyond torch 2.11's compiler
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def row_logits(params: Params, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tens
         raw = raw.float()
     processed = raw
     if (p := rows.penalties) is not None:
-        processed = ops.penalize(processed, **vars(p))
+        processed = ops.penalize(processed, **{name: getattr(p, name) for name in _PENALTIES})
     if rows.warped:
         processed = ops.warp(processed, rows.temperature, rows.min_p, rows.top_k, rows.top_p, rows.truncated)
     return raw, processed
