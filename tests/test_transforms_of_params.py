@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +13,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from checkpoints import state_dict, tiny_checkpoint
+from gptq_files import gptq_checkpoint
 from torch import Tensor
 from torch.func import grad, grad_and_value, jacfwd, jacrev, jvp, vmap
 from torch.utils import _pytree as pytree
@@ -83,6 +86,19 @@ def test_a_tree_of_params_is_put_together_as_it_was(tmp_path: Path) -> None:
     assert again.layers[0].q_norm is None
     assert pytree.tree_structure(again) == spec
     assert all(a is b for a, b in zip(leaves, pytree.tree_leaves(again), strict=True))
+
+
+@pytest.mark.parametrize("checkpoint", [tiny_checkpoint, gptq_checkpoint])
+def test_params_are_pickled_at_their_own_size(checkpoint: Callable[[Path], Any], tmp_path: Path) -> None:
+    """As for another process. They lie in one piece of memory, of which each would bring all."""
+    checkpoint(tmp_path)
+    params = folo.load(tmp_path, use_tqdm=False)
+    written = pickle.dumps(params)
+    assert len(written) < 2 * params.num_bytes + 100_000
+    expected = folo.model.forward(params, IDS)
+    for again in (pickle.loads(written), copy.deepcopy(params)):
+        assert again.fingerprint == params.fingerprint
+        assert torch.equal(folo.model.forward(again, IDS), expected)
 
 
 def test_leaves_have_the_names_of_their_fields(tmp_path: Path) -> None:

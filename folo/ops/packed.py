@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,10 @@ class Packed:
 
     data: Tensor
     shape: tuple[int, int]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # On its own: pickle writes all of the memory that a tensor lies in, and an arena holds every weight.
+        return Packed, (self.data.detach().clone(), self.shape)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,10 @@ class Quantized:
     shape: tuple[int, int]
     group_size: int
     num_groups: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rest = (getattr(self, field.name) for field in fields(self)[1:])
+        return Quantized, (self.codes.clone(), *rest)  # as `Packed`: codes lie in an arena
 
     @property
     def bits(self) -> int:
