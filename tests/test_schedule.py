@@ -92,6 +92,68 @@ def test_the_latest_is_preempted_and_gives_the_same_tokens(tiny: folo.Params) ->
     assert [o.outputs for o in folo.outputs(state).values()] == [o.outputs for o in ample.values()]
 
 
+def test_nobody_overtakes_a_request_that_does_not_fit_yet(tiny: folo.Params) -> None:
+    state = submit_all(state_of(tiny, folo.CacheConfig(block_size=8, num_blocks=8)), [30, 50, 4])
+    assert plan(state) == [("0", 0, 30)]
+
+
+def test_what_a_preemption_frees_is_not_given_to_who_waits(tiny: folo.Params) -> None:
+    cache = folo.CacheConfig(block_size=8, num_blocks=8, enable_prefix_caching=False)
+    state = step(tiny, step(tiny, submit_all(state_of(tiny, cache), [15, 41])))  # all 8 blocks, and full
+    batch = folo.schedule(folo.submit(state, folo.Request(prompt(4), LONG, "2")))
+    assert batch is not None
+    assert [s.id for s in batch.preempted] == ["1"]
+    assert [s.sequence.id for s in batch.scheduled] == ["0"]
+
+
+def test_who_is_in_the_batch_already_is_not_preempted(tiny: folo.Params) -> None:
+    cache = folo.CacheConfig(block_size=8, num_blocks=8, enable_prefix_caching=False)
+    state = step(tiny, step(tiny, submit_all(state_of(tiny, cache), [15, 41])))  # all 8 blocks, and full
+    batch = folo.schedule(folo.extend(state, "0", [7] * 9))
+    assert batch is not None
+    assert [s.sequence.id for s in batch.scheduled] == ["1"], "decodes go first"
+    assert not batch.preempted
+
+
+def test_a_decode_without_a_block_gives_way_to_who_came_before(tiny: folo.Params) -> None:
+    cache = folo.CacheConfig(block_size=8, num_blocks=8, enable_prefix_caching=False)
+    state = step(tiny, step(tiny, submit_all(state_of(tiny, cache), [15, 47])))  # both need a block more
+    state = folo.extend(state, "0", [7] * 9)
+    batch = folo.schedule(state)
+    assert batch is not None
+    assert plan(state) == [("0", 16, 10)]
+    assert [s.id for s in batch.preempted] == ["1"]
+
+
+def test_blocks_for_the_rest_of_a_prompt_are_not_given_to_who_waits(tiny: folo.Params) -> None:
+    cache = folo.CacheConfig(block_size=8, num_blocks=8)
+    state = submit_all(state_of(tiny, cache, long_prefill_token_threshold=16), [50, 9])
+    assert plan(state) == [("0", 0, 16)]
+
+
+def test_decodes_keep_to_the_budget(tiny: folo.Params) -> None:
+    state = step(tiny, submit_all(state_of(tiny), [4] * 5))
+    state = folo.reconfigure(state, folo.SchedulerConfig(max_num_batched_tokens=3))
+    assert plan(state) == [("0", 4, 1), ("1", 4, 1), ("2", 4, 1)]
+
+
+def test_branches_that_decode_keep_to_the_budget(tiny: folo.Params) -> None:
+    state = step(tiny, submit_all(state_of(tiny, max_num_batched_tokens=3), [3]))
+    state = folo.fork(state, "0", ["a", "b", "c", "d"])
+    while (batch := folo.schedule(state)) is not None:
+        assert batch.num_tokens <= 3
+        assert all(item.num_tokens for item in batch.scheduled)
+        state, _ = folo.step(tiny, state, batch)
+
+
+def test_what_the_cache_has_of_a_preempted_request_is_not_what_it_found_at_first(tiny: folo.Params) -> None:
+    state = step(tiny, submit_all(state_of(tiny), [9, 17]))
+    fewer = folo.reconfigure(state, folo.SchedulerConfig(max_num_seqs=1))
+    again = step(tiny, folo.reconfigure(fewer, state.scheduler))
+    assert again.counters.prefix_hits == 16
+    assert [output.num_cached_tokens for output in folo.outputs(again).values()] == [0, 0]
+
+
 def test_nobody_starves_under_fcfs(tiny: folo.Params) -> None:
     """Requests keep coming, the pool is too small for them: the first ones still finish first."""
     cache = folo.CacheConfig(block_size=8, num_blocks=8)
@@ -132,6 +194,16 @@ def test_a_hit_leaves_the_last_token_to_compute(tiny: folo.Params) -> None:
     assert plan(folo.submit(state, folo.Request(prompt(32), one, "b"))) == [("b", 16, 16)]
 
 
+def test_a_hit_is_no_block_to_be_taken_and_none_that_is_free(tiny: folo.Params) -> None:
+    one = folo.SamplingParams(temperature=0, max_tokens=1)
+    state = state_of(tiny, folo.CacheConfig(block_size=8, num_blocks=4))
+    state = finish_all(tiny, folo.submit(state, folo.Request(prompt(17), one, "a")))
+    state = folo.submit(state, folo.Request([*prompt(17), *prompt(8)], one, "b"))  # 2 of the 4 are cached
+    state = folo.submit(state, folo.Request(prompt(9, 1), one, "c"))
+    assert plan(state) == [("b", 16, 9)]
+    folo.check(finish_all(tiny, state))
+
+
 def test_another_salt_shares_nothing(tiny: folo.Params) -> None:
     one = folo.SamplingParams(temperature=0, max_tokens=1)
     state = finish_all(tiny, folo.submit(state_of(tiny), folo.Request(prompt(32), one, "a")))
@@ -166,6 +238,15 @@ def test_a_late_sample_copies_the_tail_of_the_prompt(tiny: folo.Params) -> None:
     first, second = (s.table.blocks for s in state.running)
     assert first[:2] == second[:2]
     assert first[2] is not second[2]
+
+
+def test_a_late_sample_waits_for_a_block_to_copy_to(tiny: folo.Params) -> None:
+    cache = folo.CacheConfig(block_size=8, num_blocks=2, enable_prefix_caching=False)
+    two = folo.SamplingParams(n=2, max_tokens=3, ignore_eos=True)
+    state = step(tiny, folo.submit(state_of(tiny, cache), folo.Request(prompt(12), two, "a")))
+    assert plan(state) == [("a", 12, 1)]
+    outputs = folo.outputs(finish_all(tiny, state))["a"].outputs
+    assert [len(output.token_ids) for output in outputs] == [3, 3]
 
 
 def test_blocks_are_taken_when_written(tiny: folo.Params) -> None:
