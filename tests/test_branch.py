@@ -100,6 +100,45 @@ def test_pool_accounting_counts_a_shared_block_once(tiny: folo.Params) -> None:
     assert (gone.blocks_used, gone.blocks_cached, gone.blocks_free) == (0, 2, 62)
 
 
+@pytest.mark.parametrize("num_blocks", [2, 3, 4])
+def test_branches_preempt_one_another_where_no_block_is_left_for_a_copy(
+    tiny: folo.Params, num_blocks: int
+) -> None:
+    sampling = replace(LONG, max_tokens=7)
+    state = started(tiny, sampling, cache=replace(SMALL, num_blocks=num_blocks))
+    forked = folo.fork(state, "a", ["b", "c"], seeds=[1, 2])
+    after = finish_all(tiny, forked)
+    assert folo.stats(after).preemptions == 4 - num_blocks
+    outputs = folo.outputs(after)
+    for id, seed in (("a", None), ("b", 1), ("c", 2)):
+        Oracle(tiny).verify([recipe_of(state).forked(14, seed=seed)], outputs[id])
+
+
+def test_a_branch_with_much_to_compute_counts_its_copy_among_the_blocks(tiny: folo.Params) -> None:
+    state = folo.fork(started(tiny, cache=replace(SMALL, num_blocks=3)), "a", ["b"], seeds=[1])
+    for id in "ab":
+        state = folo.extend(state, id, [7] * 9)
+    batch = folo.schedule(state)
+    assert batch is not None
+    assert [item[1:3] for item in batch.scheduled] == [(13, 16), (13, 16)]
+    folo.check(finish_all(tiny, state))
+
+
+def test_children_rank_in_their_order_and_before_who_comes_later(tiny: folo.Params) -> None:
+    state = folo.submit(folo.init(tiny, SMALL), folo.Request(prompt(9), LONG, "a"))
+    state = folo.submit(folo.fork(state, "a", ["b", "c"]), folo.Request(prompt(4), LONG, "later"))
+    ranks = list(map(state.rank, state.waiting))
+    assert [sequence.id for sequence in state.waiting] == ["a", "b", "c", "later"]
+    assert ranks == sorted(set(ranks))
+
+
+def test_branches_that_part_between_blocks_need_none_for_a_copy(tiny: folo.Params) -> None:
+    state = started(tiny, replace(LONG, max_tokens=12), steps=8, cache=replace(SMALL, num_blocks=4))
+    batch = folo.schedule(folo.fork(state, "a", ["b"]))  # 16 tokens are computed
+    assert batch is not None
+    assert [item.sequence.id for item in batch.scheduled] == ["a", "b"]
+
+
 def test_a_child_waits_where_no_more_may_run(tiny: folo.Params) -> None:
     for caching, cached in ((True, 8), (False, 0)):
         state = started(tiny, cache=replace(SMALL, enable_prefix_caching=caching), max_num_seqs=2)
@@ -162,6 +201,18 @@ def test_a_sample_of_several_is_forked_with_its_own_stream(tiny: folo.Params) ->
         oracle.verify([recipe.forked(9 + len(recipe.given), seed=9)], outputs["other"])
 
 
+def test_a_child_of_one_of_several_is_scored_only_where_that_was(tiny: folo.Params) -> None:
+    state = folo.fork(started(tiny, replace(LONG, n=2)), "a", ["b"], sample=1)
+    (child,) = folo.outputs(finish_all(tiny, state))["b"].outputs
+    assert child.cumulative_logprob is None
+
+
+def test_scores_of_the_prompt_do_not_count_with_those_of_a_child(tiny: folo.Params) -> None:
+    state = started(tiny, replace(LONG, prompt_logprobs=0, logprobs=0))
+    after = finish_all(tiny, folo.fork(state, "a", ["b"], keep=12))
+    Oracle(tiny).verify([recipe_of(state).forked(12)], folo.outputs(after)["b"])
+
+
 def test_a_child_of_the_best_of_several_is_one_sample(tiny: folo.Params) -> None:
     state = started(tiny, replace(LONG, best_of=3))
     outputs = folo.outputs(finish_all(tiny, folo.fork(state, "a", ["b"], sample=2)))
@@ -196,6 +247,17 @@ def test_a_child_goes_on_where_a_stop_token_ended_its_parent(tiny: folo.Params) 
     assert parent.finish_reason == "stop"
     after = finish_all(tiny, folo.fork(state, "a", ["b"]))
     Oracle(tiny).verify([recipe_of(state)], folo.outputs(after)["b"])
+
+
+def test_nothing_of_the_stop_that_ended_its_parent_is_left_to_a_child(
+    tiny: folo.Params, tokenizer: Any
+) -> None:
+    stops = replace(LONG, stop_token_ids=ids_of(started(tiny), "a")[3:4])
+    ended = finish_all(tiny, started(tiny, stops, steps=1, tokenizer=tokenizer))
+    assert folo.outputs(ended)["a"].outputs[0].finish_reason == "stop"
+    state = stepped(tiny, folo.fork(ended, "a", ["b"]), 2)
+    assert folo.outputs(state)["b"].outputs[0].finish_reason is None
+    Oracle(tiny, tokenizer).verify([recipe_of(ended)], folo.outputs(state)["b"])
 
 
 def test_lineage_tells_every_fork_from_the_root_on(tiny: folo.Params) -> None:
@@ -266,6 +328,14 @@ def test_logprobs_of_forced_tokens_are_those_of_scoring_them_in_a_prompt(tiny: f
         for token, table in zip(output.token_ids, output.logprobs, strict=True):
             total += table[token].logprob
         assert output.cumulative_logprob == total
+
+
+def test_a_forced_token_behind_a_scored_prompt_has_the_scores_of_its_own_place(tiny: folo.Params) -> None:
+    state = started(tiny, replace(LONG, prompt_logprobs=3, logprobs=3))
+    recipe = recipe_of(state)
+    child = folo.fork(state, "a", ["b"], keep=12, append=[recipe.given[3]], seeds=[1])
+    expected = recipe.forked(12, [recipe.given[3]], 1)
+    Oracle(tiny).verify([expected], folo.outputs(finish_all(tiny, child))["b"])
 
 
 def test_a_score_does_not_depend_on_how_far_the_parent_was(tiny: folo.Params) -> None:
