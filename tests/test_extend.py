@@ -136,3 +136,36 @@ def test_turn_follows_turn(tiny: folo.Params, tokenizer: Any) -> None:
     oracle.verify([replace(child, prompt=tuple(prompt_of_b), given=())], after["b"])
     oracle.verify([recipe], after["a"])
     assert after["b"].lineage == (("a", length, 1),)
+
+
+def test_the_text_of_a_prompt_is_not_that_of_the_next(tiny: folo.Params) -> None:
+    request = folo.Request(prompt(9), LONG, "a", prompt="the cat")
+    state = folo.submit(folo.init(tiny, SMALL), request)
+    assert folo.outputs(state)["a"].prompt == "the cat"
+    assert folo.outputs(folo.extend(state, "a", [7]))["a"].prompt is None
+
+
+def test_the_turn_after_a_stop_token_shows_all_of_its_text(tiny: folo.Params, tokenizer: Any) -> None:
+    token = ids_of(started(tiny), "a")[3]
+    sampling = replace(LONG, stop_token_ids=[token])
+    ended = finish_all(tiny, started(tiny, sampling, steps=1, tokenizer=tokenizer))
+    (before,) = folo.outputs(ended)["a"].outputs
+    assert before.stop_reason == token
+    state = stepped(tiny, folo.extend(ended, "a", [7]), 2)
+    (output,) = folo.outputs(state)["a"].outputs
+    assert output.finish_reason is None
+    assert output.text == tokenizer.decode(output.token_ids)
+
+
+def test_a_prompt_that_is_scored_is_not_scored_again(tiny: folo.Params) -> None:
+    state = started(tiny, replace(LONG, prompt_logprobs=1))
+    batch = folo.schedule(folo.extend(state, "a", [7]))
+    assert batch is not None
+    assert [item.start for item in batch.scheduled] == [8], "where the first output token is scored"
+
+
+def test_who_comes_after_an_extension_ranks_behind_it(tiny: folo.Params) -> None:
+    state = folo.extend(finish_all(tiny, started(tiny)), "a", [7])
+    state = folo.submit(state, folo.Request(prompt(4), LONG, "later"))
+    first, second = map(state.rank, state.waiting)
+    assert first < second
