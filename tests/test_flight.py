@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import prompt
+from engine import finish_all, prompt
 from torch import Tensor
 
 import folo
@@ -54,6 +54,26 @@ def test_a_linear_loop_never_runs_out_of_blocks(
         state = folo.submit(state, folo.Request(prompt(20 + 37 * n % 90, n), sampling, f"r{n}"))
     outputs = folo.outputs(run(state))
     assert all(output.finished for output in outputs.values())
+
+
+def test_sequences_that_preempt_one_another_come_to_the_tokens_of_eager_steps(tiny: folo.Params) -> None:
+    scheduler = folo.SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=32)
+    cache = as_on_cuda(folo.CacheConfig(block_size=8, num_blocks=8), scheduler)
+    state = folo.init(tiny, cache, scheduler)
+    for n in range(4):
+        sampling = folo.SamplingParams(max_tokens=20, seed=n, ignore_eos=True)
+        state = folo.submit(state, folo.Request(prompt(9, n), sampling, f"r{n}"))
+    expected, behind = folo.outputs(finish_all(tiny, state)), 0
+    while (batch := folo.schedule(state)) is not None:
+        behind += batch.behind is not None
+        state, _ = STEP(tiny, state, batch)
+        folo.check(state)
+    assert behind
+    assert folo.stats(state).preemptions
+    outputs = folo.outputs(state)
+    assert {id: output.outputs for id, output in outputs.items()} == {
+        id: output.outputs for id, output in expected.items()
+    }
 
 
 def test_histories_are_not_copied(tiny: folo.Params) -> None:
