@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import finish_all, prompt
+from engine import finish_all, prompt, stepped
 
 import folo
 from folo.state.heap import Block, KVHeap
@@ -158,6 +158,26 @@ def test_an_exhausted_heap_names_who_holds_the_blocks_and_the_way_out(tiny: folo
     # Nothing is lost: with the older states dropped, the one at hand goes on.
     held.clear()
     assert not folo.has_unfinished(finish_all(tiny, state))
+
+
+def test_an_exhausted_heap_counts_the_blocks_of_each_who_holds_some(tiny: folo.Params) -> None:
+    one = folo.SamplingParams(max_tokens=1)
+
+    def ended(state: folo.EngineState, seed: int) -> folo.EngineState:
+        return finish_all(tiny, folo.submit(state, folo.Request(prompt(9, seed), one, str(seed))))
+
+    cache = folo.CacheConfig(block_size=8, num_blocks=8)
+    scheduler = folo.SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=8)
+    state = folo.init(tiny, cache, scheduler)
+    elsewhere = ended(folo.init(tiny, cache, scheduler), 0)
+    held = [ended(state, seed) for seed in range(state.heap.num_free - 1)]  # each leaves a full block
+    state = stepped(tiny, folo.submit(held[0], folo.Request(prompt(9, 99), one, "last")))
+    batch = folo.schedule(state)
+    assert batch is not None
+    message = "2 by the state being stepped, 9 pinned by 9 older states that are still held, 0 by the step"
+    with pytest.raises(folo.OutOfBlocksError, match=message):
+        folo.step(tiny, state, batch)
+    folo.check(elsewhere)
 
 
 def test_stepping_one_state_twice_writes_each_slot_once(tiny: folo.Params) -> None:
