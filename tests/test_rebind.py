@@ -71,10 +71,11 @@ def test_the_old_state_goes_on_with_the_old_weights(tiny: folo.Params, other: fo
     assert folo.outputs(finish_all(tiny, state)) == expected
 
 
+@pytest.mark.parametrize("length", [9, 30], ids=["scored to its end", "scored in part"])
 def test_a_prompt_without_output_is_scored_by_the_new_weights_alone(
-    tiny: folo.Params, other: folo.Params
+    tiny: folo.Params, other: folo.Params, length: int
 ) -> None:
-    request = folo.Request(prompt(30), sampling(0, prompt_logprobs=2))
+    request = folo.Request(prompt(length), sampling(0, prompt_logprobs=2))
     scheduler = folo.SchedulerConfig(max_num_batched_tokens=8)
     state = folo.submit(folo.init(tiny, folo.CacheConfig(num_blocks=40), scheduler), request)
     batch = folo.schedule(state)
@@ -84,6 +85,13 @@ def test_a_prompt_without_output_is_scored_by_the_new_weights_alone(
     fresh = folo.submit(folo.init(other, folo.CacheConfig(num_blocks=40)), request)
     expected = folo.outputs(finish_all(other, fresh))["0"]
     assert folo.outputs(state)["0"].prompt_logprobs == expected.prompt_logprobs
+
+
+def test_a_prompt_with_output_keeps_the_scores_of_the_old_ones(tiny: folo.Params, other: folo.Params) -> None:
+    request = folo.Request(prompt(9), sampling(0, prompt_logprobs=2), "a")
+    state = stepped(tiny, folo.submit(folo.init(tiny, folo.CacheConfig(num_blocks=40)), request))
+    after = finish_all(other, folo.rebind(state, other))
+    assert folo.outputs(after)["a"].prompt_logprobs == folo.outputs(state)["a"].prompt_logprobs
 
 
 def test_so_is_one_whose_fork_was_forced_an_output(tiny: folo.Params, other: folo.Params) -> None:
