@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine import finish_all, prompt
+from engine import finish_all, prompt, stepped
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
@@ -180,6 +180,17 @@ def test_into_a_smaller_heap_cached_blocks_are_dropped_then_sequences_preempted(
     assert len(seen) >= 2
     with pytest.raises(folo.RestoreError, match="num_blocks"):
         restored(tiny, path, tokenizer, cache=folo.CacheConfig(block_size=8, num_blocks=5))
+
+
+def test_into_a_smaller_heap_no_more_are_preempted_than_have_to_be(tiny: folo.Params, tmp_path: Path) -> None:
+    state = folo.init(tiny, folo.CacheConfig(block_size=8, num_blocks=8))
+    for n in range(3):  # each takes 2 blocks
+        sampling = folo.SamplingParams(max_tokens=7, ignore_eos=True)
+        state = folo.submit(state, folo.Request(prompt(9, n), sampling, str(n)))
+    folo.save(stepped(tiny, state), tmp_path / "state")
+    for num_blocks, running in ((6, "012"), (5, "01"), (4, "01"), (3, "0")):
+        again = folo.restore(tiny, tmp_path / "state", folo.CacheConfig(block_size=8, num_blocks=num_blocks))
+        assert [sequence.id for sequence in again.running] == list(running)
 
 
 def test_no_sequence_can_be_longer_than_the_heap_that_a_state_comes_into(
