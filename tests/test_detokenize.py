@@ -105,6 +105,12 @@ def test_text_comes_back_when_every_character_is_split_into_bytes(tokenizer: Any
     assert decode(tokenizer, prompt) + text_of(tokenizer, prompt, output) == full
 
 
+def test_bytes_that_are_no_character_show_one_replacement_each_however_many_come() -> None:
+    byte = next(id for id in range(256) if decode(BYTES, [id] * 40) == "\ufffd" * 40)
+    for count, state in enumerate(states(BYTES, [], [byte] * 40)):
+        assert state.final_text == "\ufffd" * count
+
+
 @given(st.lists(st.integers(0, 258), max_size=60), st.lists(st.integers(0, 258), max_size=12), st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_read_as_the_whole_decoded_at_once(

@@ -241,6 +241,13 @@ class TestChat:
         (output,) = llm.chat(messages, SEEDED, use_tqdm=False, chat_template=template)
         assert llm.tokenizer.decode(output.prompt_token_ids) == "the cat!"
 
+    def test_takes_a_template_where_the_model_has_none(self, llm: LLM) -> None:
+        llm.tokenizer.chat_template = None
+        messages = [{"role": "user", "content": "the cat"}]
+        template = "{{ messages[0]['content'] }}!"
+        (output,) = llm.chat(messages, SEEDED, use_tqdm=False, chat_template=template)
+        assert llm.tokenizer.decode(output.prompt_token_ids) == "the cat!"
+
     def test_without_a_template_says_so(self, llm: LLM) -> None:
         llm.tokenizer.chat_template = None
         with pytest.raises(RequestError, match="no chat template"):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from llms import PROMPTS, SEEDED, ids_of, text_of, used_blocks
+from llms import PROMPTS, SEEDED, ids_of, small_llm, text_of, used_blocks
 
 import folo
 from folo import LLM, LLMEngine, RequestError, SamplingParams
@@ -49,6 +49,12 @@ class TestEngine:
             ended += [output] * output.finished
         assert len(ended) == 1
         assert len({tuple(completion.token_ids) for completion in ended[0].outputs}) == 3
+
+    def test_samples_that_still_wait_are_shown_too(self, checkpoint: str) -> None:
+        llm = small_llm(checkpoint, max_num_seqs=1)
+        llm.add_request("a", "the cat", replace(SEEDED, n=2, max_tokens=5))
+        (output,) = llm.step()
+        assert [len(completion.token_ids) for completion in output.outputs] == [1, 0]
 
     def test_abort_ends_a_request_with_what_it_has(self, engine: LLMEngine) -> None:
         engine.add_request("a", "the cat", SEEDED)

@@ -355,6 +355,13 @@ def test_finish_and_abort_end_a_request_where_it_stands(tiny: folo.Params) -> No
     assert state.pool.used == 0
 
 
+@pytest.mark.parametrize("reason", ["stop", "length", "abort"])
+def test_a_request_is_finished_for_any_reason_that_an_output_may_have(tiny: folo.Params, reason: str) -> None:
+    state = folo.submit(folo.init(tiny), folo.Request(prompt(8), folo.SamplingParams(), "a"))
+    (output,) = folo.outputs(folo.finish(state, "a", reason))["a"].outputs
+    assert output.finish_reason == reason
+
+
 def test_an_unknown_finish_reason_is_refused(tiny: folo.Params) -> None:
     state = folo.submit(folo.init(tiny), folo.Request(prompt(8), folo.SamplingParams(), "a"))
     with pytest.raises(folo.RequestError, match="finish reason 'banana'"):
@@ -410,6 +417,7 @@ BAD_REQUESTS = [
     ([3], {"logit_bias": {300: 1.0}}, "token id 300 is outside"),
     ([3], {"stop_token_ids": [999]}, "token id 999 is outside"),
     ([3], {"logprobs": 301}, "logprobs=301 exceeds the vocabulary of 300"),
+    ([3], {"prompt_logprobs": 301}, "prompt_logprobs=301 exceeds the vocabulary of 300"),
     ([3], {"logit_bias": dict.fromkeys(range(300), -math.inf)}, "bans every token"),
 ]
 
@@ -422,6 +430,20 @@ def test_a_request_that_cannot_be_served_is_refused_at_submit(
     with pytest.raises(folo.RequestError, match=message):
         folo.submit(state, folo.Request(ids, folo.SamplingParams(**sampling), "a"))
     assert not folo.has_unfinished(state)
+
+
+@pytest.mark.parametrize("id", ["", 5, None])
+def test_an_id_that_is_empty_or_no_string_is_refused(id: Any) -> None:
+    with pytest.raises(folo.RequestError, match="must be a non-empty string"):
+        folo.Request([3], id=id)
+
+
+def test_as_many_logprobs_can_be_had_as_there_are_tokens(tiny: folo.Params) -> None:
+    output = one(tiny, prompt(3), logprobs=300, prompt_logprobs=300, max_tokens=1)
+    assert output.prompt_logprobs is not None
+    assert output.outputs[0].logprobs is not None
+    assert [len(table or ()) for table in output.prompt_logprobs] == [0, 300, 300]
+    assert [len(table) for table in output.outputs[0].logprobs] == [300]
 
 
 def test_a_prompt_that_is_no_text_is_refused() -> None:
