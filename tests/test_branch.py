@@ -50,6 +50,17 @@ def test_nothing_is_copied_until_histories_part_and_then_one_block_for_each_that
     assert state.heap.num_free == free
 
 
+def test_a_decode_goes_on_in_its_own_block(tiny: folo.Params, copied: list[int]) -> None:
+    finish_all(tiny, started(tiny, length=2, steps=1))
+    assert not copied
+
+
+def test_what_a_step_takes_does_not_depend_on_what_else_was_done_with_the_heap(tiny: folo.Params) -> None:
+    forked = folo.fork(started(tiny), "a", ["b"])
+    state = folo.reconfigure(forked, folo.SchedulerConfig(max_num_batched_tokens=1))  # "b" stays behind
+    assert folo.stats(stepped(tiny, state)) == folo.stats(stepped(tiny, state))
+
+
 def test_branches_that_part_between_blocks_copy_nothing(tiny: folo.Params, copied: list[int]) -> None:
     state = started(tiny, steps=8)  # 16 tokens are computed
     finish_all(tiny, folo.fork(state, "a", ["b", "c"], seeds=[1, 2]))
