@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -256,6 +257,14 @@ def test_end_of_sequence_stops_unless_it_is_ignored_or_too_early(tiny: folo.Para
     assert not {eos, 9} & set(early.outputs[0].token_ids[:5])
     late = one(tiny, prompt(5), max_tokens=6, min_tokens=3, logit_bias={eos: 1e9}).outputs[0]
     assert late.token_ids[3:] == [eos]
+
+
+def test_an_end_of_sequence_may_be_token_0_and_is_none_beyond_the_vocabulary(tiny: folo.Params) -> None:
+    params = replace(tiny, config=replace(tiny.config, eos_token_ids=(0, 300)))
+    output = one(params, prompt(5), logits_processors=[forced(9, 0, 8)], max_tokens=3).outputs[0]
+    assert (output.token_ids, output.finish_reason, output.stop_reason) == ([9, 0], "stop", None)
+    state = folo.submit(folo.init(params), folo.Request(prompt(5)))
+    assert state.waiting[0].origin.stop_ids == {0}
 
 
 def test_stop_token_ids_stop_and_are_reported(tiny: folo.Params, tokenizer: Any) -> None:
