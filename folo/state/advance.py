@@ -74,7 +74,7 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
     waiting = state.waiting
     if left:
         waiting = tuple([s for s in waiting if id(s) not in changed])
-    evicted = [victim.preempted() for victim in batch.preempted]
+    evicted = [victim.vacate() for victim in batch.preempted]
     counters = state.counters
     return evolve(
         settle(state, ended) if ended else state,

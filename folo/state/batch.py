@@ -125,7 +125,7 @@ class Batch:
         for number, (sequence, start, end, *_) in enumerate(scheduled):
             if sequence.origin.scored_from < sequence.origin.scored_to:
                 unscored = sequence.unscored  # what no earlier step has scored
-                for position in range(max(unscored.start, start + 1), min(unscored.stop, end + 1)):
+                for position in range(unscored.start, min(unscored.stop, end + 1)):
                     target = sequence.tokens[position]
                     rows.append(Row(number, sequence, first + position - 1 - start, position, target))
             first += end - start

@@ -118,14 +118,13 @@ def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
     arrival, old = state.arrivals if ended else held.arrival, before.origin
     origin = origin_of(state, request, arrival, old.seed, 0, old.stream, old.lineage)
     # Scores of what was the prompt stay; what was output becomes prompt, which the model scores alone.
-    scored = origin.scored_from < origin.num_prompt and not before.foreign
-    scores = before.scores.first(len(before.prompt_scores)) if scored else Log[TokenLogprobs]()
+    kept = 0 if before.foreign else len(before.prompt_scores)
     sequence = evolve(
         before,
         origin=origin,
         tokens=tokens,
         digests=digests_of(state, request, tokens, before.digests),
-        scores=scores,
+        scores=before.scores.first(kept),
         text=text_before(state, request),
         cumulative_logprob=0.0,
         num_cached=None,
@@ -201,12 +200,12 @@ def _stem(state: EngineState, parent: Sequence, keep: int) -> Sequence:
     text = parent.text if whole else text_before(state, origin.request)
     if text is not None and not whole:
         text = detokenize.advance(state.tokenizer, text, parent.tokens[origin.num_prompt : keep])
-    scores, total = parent.scores.first(max(0, keep - origin.scored_from)), parent.cumulative_logprob
+    scores, total = parent.scores.first(keep - origin.scored_from), parent.cumulative_logprob
     if parent.foreign and keep <= origin.num_prompt:
         scores = Log[TokenLogprobs]()
     if scores.length < parent.scores.length:
         total = 0.0
-        for score in scores[max(0, origin.num_prompt - origin.scored_from) :]:
+        for score in scores[origin.num_prompt - origin.scored_from :]:
             total += score.logprob
     computed = min(parent.num_computed, keep)
     return evolve(
@@ -218,7 +217,6 @@ def _stem(state: EngineState, parent: Sequence, keep: int) -> Sequence:
         text=text,
         cumulative_logprob=total,
         num_cached=None,
-        preemptions=0,
         finish_reason=None,
         stop_reason=None,
         stopped=False,

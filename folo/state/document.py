@@ -81,7 +81,6 @@ def _sequence(sequence: Sequence, request: int) -> Document:
 _PLAIN = (
     "cumulative_logprob",
     "num_cached",
-    "preemptions",
     "finish_reason",
     "stop_reason",
     "stopped",

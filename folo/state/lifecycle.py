@@ -185,7 +185,7 @@ def preempt(state: EngineState, count: int) -> EngineState:
     return evolve(
         state,
         running=state.running[:keep],
-        waiting=queued(state, state.waiting, (victim.preempted() for victim in victims)),
+        waiting=queued(state, state.waiting, (victim.vacate() for victim in victims)),
         pool=pool,
         counters=evolve(state.counters, preemptions=state.counters.preemptions + count),
     )

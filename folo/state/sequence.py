@@ -66,7 +66,7 @@ class Origin:
     stop_ids: frozenset[int]  # end-of-sequence included, unless ignored
     num_prompt: int
     max_length: int  # the sequence ends at this many tokens
-    scored_from: int  # the positions of which scores are kept; none if the range is empty
+    scored_from: int  # 1 or num_prompt: the positions of which scores are kept; none if the range is empty
     scored_to: int
     looks_back: bool  # sampling reads the tokens so far themselves: penalties, logits processors
     lineage: tuple[tuple[str, int, int], ...] = ()
@@ -85,7 +85,6 @@ class Sequence:
     text: TextState | None  # kept up to date only where stop strings need it
     cumulative_logprob: float = 0.0  # of the scored output tokens
     num_cached: int | None = None  # tokens that found their K and V when admitted; None before that
-    preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     stopped: bool = False  # by its last token
@@ -128,13 +127,13 @@ class Sequence:
     def prompt_scores(self) -> list[TokenLogprobs]:
         """Of the prompt's tokens from the second on, so far; empty if the request did not ask."""
         origin = self.origin
-        return self.scores[: max(0, origin.num_prompt - origin.scored_from)]
+        return self.scores[: origin.num_prompt - origin.scored_from]
 
     @property
     def output_scores(self) -> list[TokenLogprobs]:
         """Of the output's tokens so far; empty if the request did not ask."""
         origin = self.origin
-        return self.scores[max(0, origin.num_prompt - origin.scored_from) :]
+        return self.scores[origin.num_prompt - origin.scored_from :]
 
     @property
     def output_ids(self) -> list[int]:
@@ -149,6 +148,3 @@ class Sequence:
     def vacate(self) -> Sequence:
         """Without blocks: everything is to be computed again."""
         return evolve(self, num_computed=0, table=BlockTable())
-
-    def preempted(self) -> Sequence:
-        return evolve(self.vacate(), preemptions=self.preemptions + 1)
