@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def export(params: Params, path: str | os.PathLike[str]) -> None:
             one way; nothing is written.
         OSError: the files cannot be written.
     """
-    decoder = replace(params.config, dtype=params.dtype)  # which a map over the weights may have changed
+    decoder = params.described
     config, generation = _hf_config(decoder), _generation_config(decoder)
     if params.quantized:
         config["quantization_config"] = _quantization_config(params)

@@ -177,13 +177,18 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
     inputs = _one_sequence(token_ids.to(params.device, torch.int64))
     if _differentiated(params):
         return _reference_logits(params, inputs)
-    for id in (inputs.token_ids.min().item(), inputs.token_ids.max().item()):
-        if not 0 <= id < config.vocab_size:
-            raise ConfigError(f"token id {id} is outside the model's vocabulary of {config.vocab_size}")
+    require_in_vocabulary(config, int(inputs.token_ids.min()), int(inputs.token_ids.max()))
     shape = config.num_layers, inputs.block_tables.shape[1], _BLOCK, config.num_kv_heads, config.head_dim
     k, v = kv_cache.zeros(shape, params.dtype, params.device)
     attention = attention_backend("auto", params.device, params.dtype, _BLOCK, config.head_dim)
     return logits(params, hidden_in_heap(params, k, v, inputs, attention))
+
+
+def require_in_vocabulary(config: DecoderConfig, *ids: int) -> None:
+    """Raises ConfigError for a token id that the model does not have."""
+    for id in ids:
+        if not 0 <= id < config.vocab_size:
+            raise ConfigError(f"token id {id} is outside the model's vocabulary of {config.vocab_size}")
 
 
 def _reference_logits(params: Params, inputs: Inputs) -> Tensor:

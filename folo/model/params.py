@@ -96,6 +96,11 @@ class Params:
         """Whether weights are integers with scales, which nothing can be differentiated through."""
         return any(isinstance(weight, Quantized) for weight in _weights(self))
 
+    @property
+    def described(self) -> DecoderConfig:
+        """`config`, in the dtype that the weights have: a map over them may have given them another."""
+        return replace(self.config, dtype=self.dtype)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the architecture and every weight's name, dtype, shape and bytes. Reads them all.
@@ -103,8 +108,7 @@ class Params:
         Packed weights have the fingerprint of the plain ones; of quantised ones it is all that they are
         made of.
         """
-        config = replace(self.config, dtype=self.dtype)  # which a map over the weights may have changed
-        digest = sha256(repr(config).encode())
+        digest = sha256(repr(self.described).encode())
         for path, leaf in pytree.tree_leaves_with_path(self, is_leaf=_is_packed):
             leaf: Tensor = leaf.plain() if isinstance(leaf, Packed) else leaf
             digest.update(f"{pytree.keystr(path)} {leaf.dtype} {tuple(leaf.shape)}".encode())

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from folo import ops
 from folo.errors import ConfigError
-from folo.model.forward import forward
+from folo.model.forward import forward, require_in_vocabulary
 from folo.model.params import Params
 
 _ROWS = 64  # of logits that are looked at together
@@ -95,10 +95,8 @@ def _predictions(
     limit = min(params.config.max_position_embeddings for params in models)
     if len(ids) < 2:
         raise ConfigError(f"the text has {len(ids)} tokens: there is nothing to predict")
-    vocab_size = models[0].config.vocab_size
-    for id in (min(ids), max(ids)):  # the last one is only predicted: `forward` never sees it
-        if not 0 <= id < vocab_size:
-            raise ConfigError(f"token id {id} is outside the model's vocabulary of {vocab_size}")
+    # The last one is only predicted: `forward` never sees it.
+    require_in_vocabulary(models[0].config, min(ids), max(ids))
     if not 2 <= window <= limit:
         raise ConfigError(f"window={window}: expected 2 to {limit} tokens")
     if not 1 <= stride < window:
