@@ -30,7 +30,7 @@ from folo.config import CacheConfig
 from folo.errors import ConfigError, FoloError, RequestError
 from folo.llm import LLM
 from folo.model.config import DecoderConfig
-from folo.model.load import num_bytes, open_checkpoint, tensor_shapes
+from folo.model.load import DTYPES, num_bytes, open_checkpoint, tensor_shapes
 from folo.model.locate import locate
 from folo.model.params import Params
 from folo.quant import command as quant
@@ -40,7 +40,7 @@ from folo.state.engine import init
 
 _BAD_INPUT, _INTERRUPTED, _CLOSED_PIPE = 2, 130, 141  # the last two as shells report SIGINT and SIGPIPE
 _MEMINFO = Path("/proc/meminfo")  # Linux: what new allocations can take is its MemAvailable
-_DTYPES = ("auto", "float32", "float16", "bfloat16")
+_DTYPES = ("auto", *DTYPES)
 _OVERRIDES = ("max_tokens", "temperature", "top_p", "top_k", "seed")  # options that are sampling parameters
 
 

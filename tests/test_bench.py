@@ -116,10 +116,12 @@ class TestCompare:
         argv = ["bench", "compare", "--peer", "transformers", "--model", str(tiny_dir), *files]
         kept = tmp_path / "kept"
         kept.mkdir()
-        argv += ["--pairs", "2", "--checkpoint", str(kept)]
+        argv += ["--pairs", "2", "--checkpoint", str(kept), "--dtype", "bfloat16"]
         assert main([*argv, "--workloads", "latency"]) == 0
         title, heading, _, row, *_ = capsys.readouterr().out.splitlines()
         assert title.startswith("folo 0.1.0 beside transformers 5.")
+        assert title.endswith("ForCausalLM in bfloat16, 1 threads")
+        assert json.loads((kept / "config.json").read_text())["dtype"] == "bfloat16"
         assert heading.split()[2:4] == ["folo", "transformers"]
         assert row.startswith("latency   decode tokens/s")
         (result,) = json.loads((tmp_path / "c.json").read_text())["results"]["workloads"]
@@ -206,7 +208,7 @@ class TestCompare:
 
     def test_the_last_words_of_a_peer_that_stops_are_passed_on(self, tmp_path: Path) -> None:
         with (tmp_path / "log").open("w+b") as log, pytest.raises(PeerError) as caught:
-            Worker(OWN, sys.executable, tmp_path / "nowhere", 1, log)
+            Worker(OWN, sys.executable, tmp_path / "nowhere", "float32", 1, log)
         lines = str(caught.value).splitlines()
         assert lines[0] == "folo has stopped; its last lines:"
         assert "LoadError: There is no such path" in lines[-1]

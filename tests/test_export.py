@@ -113,12 +113,15 @@ def test_what_config_json_cannot_say_is_refused_before_anything_is_written(tmp_p
     assert not (tmp_path / "b").exists()
 
 
-def test_the_gguf_for_llama_cpp_holds_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_gguf_for_llama_cpp_holds_the_same_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     """llama.cpp's conventions, as folo's own reader of GGUF files knows them."""
-    tiny_checkpoint(tmp_path / "a", dtype=torch.bfloat16)
+    tiny_checkpoint(tmp_path / "a", dtype=dtype)
     params = folo.load(tmp_path / "a", use_tqdm=False)
     export(params, tmp_path / "b")
-    back = folo.load(llamacpp_peer.converted(str(tmp_path / "b")), use_tqdm=False)
+    name = str(dtype).removeprefix("torch.")
+    back = folo.load(llamacpp_peer.converted(str(tmp_path / "b"), name), use_tqdm=False)
+    assert back.dtype == dtype
     expected = dict(named_tensors(params))
     for name, weight in named_tensors(back):
         assert torch.equal(weight, expected.pop(name)), name

@@ -85,7 +85,8 @@ def test_as_a_peer_folo_captures_no_graph_while_its_clock_runs(
         torch.cuda, "graph", lambda *a, **options: captured.append(a) or capture(*a, **options)
     )
     monkeypatch.setattr(serving, "serve", counted)
-    peer, prompts = folo_peer.start(str(tmp_path), torch.get_num_threads()), [([n] * 9, 3) for n in range(6)]
+    peer = folo_peer.start(str(tmp_path), "auto", torch.get_num_threads())
+    prompts = [([n] * 9, 3) for n in range(6)]
     for some in (prompts[:2], prompts, prompts):
         counts.clear()
         peer.run(some, False)

@@ -50,11 +50,13 @@ class PeerError(FoloError):
 class Worker:
     """An engine in a process that serves one workload after the other."""
 
-    def __init__(self, peer: peers.Peer, python: str, checkpoint: Path, threads: int, log: IO[bytes]) -> None:
+    def __init__(
+        self, peer: peers.Peer, python: str, checkpoint: Path, dtype: str, threads: int, log: IO[bytes]
+    ) -> None:
         self._log, self._name = log, peer.module.removesuffix("_peer")
         script = Path(peers.__file__).with_name("worker.py")
         self._process = subprocess.Popen(
-            [python, str(script), peer.module, str(checkpoint), str(threads)],
+            [python, str(script), peer.module, str(checkpoint), dtype, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -211,11 +213,11 @@ def against(
     ):
         checkpoint = open_checkpoint(path)
         config = checkpoint.config(checkpoint.stored_dtype)
-        threads = torch.get_num_threads()
+        dtype, threads = str(config.dtype).removeprefix("torch."), torch.get_num_threads()
         tqdm.write(f"starting {peer_name}", file=sys.stderr)
         with (
-            contextlib.closing(Worker(peer, python, path, threads, log)) as other,
-            contextlib.closing(Worker(peers.OWN, sys.executable, path, threads, own_log)) as own,
+            contextlib.closing(Worker(peer, python, path, dtype, threads, log)) as other,
+            contextlib.closing(Worker(peers.OWN, sys.executable, path, dtype, threads, own_log)) as own,
         ):
             done = list[Comparison]()
             try:
@@ -223,9 +225,9 @@ def against(
             finally:  # who has no time for the rest is told how far it came
                 if done:
                     versions = own.version, other.version
-                    model = f"{config.architecture} in {config.dtype}, {threads} threads"
+                    model = f"{config.architecture} in {dtype}, {threads} threads"
                     print(f"{versions[0]} beside {versions[1]}, {model}")
-                    _report(peer_name, versions, done, args, kept)
+                    _report(peer_name, versions, dtype, done, args, kept)
 
 
 def _compare(
@@ -245,7 +247,12 @@ def _compare(
 
 
 def _report(
-    peer: str, versions: tuple[str, str], done: list[Comparison], args: argparse.Namespace, kept: str | None
+    peer: str,
+    versions: tuple[str, str],
+    dtype: str,
+    done: list[Comparison],
+    args: argparse.Namespace,
+    kept: str | None,
 ) -> None:
     headers = ["workload", "unit", "folo", peer, "ratio", "ratio: range"]
     print(report.table(headers, [comparison.cells() for comparison in done]))
@@ -253,6 +260,7 @@ def _report(
         results = {
             "peer": versions[1],
             "model": str(args.shape or args.model or kept or "default"),
+            "dtype": dtype,
             "workloads": [{**asdict(own), "unit": _UNITS[own.workload]} for own in done],
         }
         report.write_json(args.json, "compare", results)
@@ -282,10 +290,10 @@ def _checkpoint(args: argparse.Namespace, kept: str | None) -> Iterator[Path]:
             export(report.model_of(args), path)
             if not args.shape:
                 _add_tokenizer(args.model, path)
-        elif args.model or args.shape:
+        elif args.model or args.shape or args.dtype != "auto":
             raise ConfigError(
-                f"--checkpoint: {path} holds a checkpoint already; leave out --model and --shape to run from "
-                f"it, or name another directory"
+                f"--checkpoint: {path} holds a checkpoint already; leave out --model, --shape and --dtype to "
+                f"run from it, or name another directory"
             )
         yield path
 

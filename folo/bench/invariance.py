@@ -163,7 +163,7 @@ def _command(args: argparse.Namespace) -> None:
             _compare_all(args, Subject(folo.load(directory), directory, asked, SMALL_POOLS))
         else:
             asked = requests(prompts(folo.load_tokenizer(args.model)))
-            _compare_all(args, Subject(folo.load(args.model), args.model, asked, SMALL_POOLS))
+            _compare_all(args, Subject(report.model_of(args), args.model, asked, SMALL_POOLS))
 
 
 def _compare_all(args: argparse.Namespace, subject: Subject) -> None:

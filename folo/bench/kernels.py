@@ -21,6 +21,7 @@ from tqdm import tqdm
 from folo import ops
 from folo.bench import report
 from folo.bench.roofline import BYTES, Machine, Roofline, middle, timed
+from folo.model.load import DTYPES
 from folo.ops import kv_cache
 from folo.ops.memory import Arena
 
@@ -63,7 +64,6 @@ SHAPES = (
         (16, 8, 128),
     ),
 )
-DTYPES = ("bfloat16", "float16", "float32")
 ROWS = (1, 32, 256)
 CONTEXTS = (256, 4096)
 
@@ -187,7 +187,7 @@ def register(commands: Any) -> None:
         "where torch is faster in that.",
         allow_abbrev=False,
     )
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     report.add_output_options(parser, plot=True)
     parser.set_defaults(run=_run)
 
@@ -219,7 +219,7 @@ def plot(results: list[Result], roof: Roofline, dtype: str, path: str) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    dtype: torch.dtype = getattr(torch, args.dtype)
+    dtype = DTYPES[args.dtype]
     machine = Machine(dtype)
     results: list[Result] = []
     with tqdm(total=sum(len(cases(shape, dtype)) for shape in SHAPES), desc="Kernels", unit="op") as bar:

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 import folo
 from folo.bench import workloads
 from folo.files import beside
+from folo.model.load import DTYPES
 from folo.model.params import Params
 from folo.ops.arithmetic import arithmetic
 
@@ -122,11 +124,17 @@ def add_model_option(parser: argparse._ActionsContainer) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model MODEL or --shape NAME, for `model_of`."""
+    """--model MODEL or --shape NAME, and --dtype, for `model_of`."""
     choice = parser.add_mutually_exclusive_group()
     add_model_option(choice)
     choice.add_argument(
-        "--shape", choices=("qwen3-0.6b",), help="random bfloat16 weights of this shape, in place of a model"
+        "--shape", choices=("qwen3-0.6b",), help="random weights of this shape, in place of a model"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="of weights and K/V (default: auto, the checkpoint's own; bfloat16 for random weights)",
     )
 
 
@@ -134,8 +142,11 @@ def model_of(args: argparse.Namespace) -> Params:
     """The model that the options of `add_model_options` name."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.shape:
-        return workloads.random_model(workloads.QWEN3_600M, device=device)
-    return folo.load(args.model)
+        config = workloads.QWEN3_600M
+        return workloads.random_model(
+            replace(config, dtype=DTYPES.get(args.dtype, config.dtype)), device=device
+        )
+    return folo.load(args.model, args.dtype)
 
 
 def positive(text: str) -> int:

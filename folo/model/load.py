@@ -23,8 +23,8 @@ from folo.ops.packed import Packed
 from folo.ops.quantized import joined
 from folo.ops.stacked import Stacked, Weight
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_TORCH_DTYPES = (*_DTYPES.values(), torch.float64)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TORCH_DTYPES = (*DTYPES.values(), torch.float64)
 _REDUNDANT = "rotary_emb.inv_freq"  # old checkpoints store what the configuration determines
 
 
@@ -130,10 +130,10 @@ def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint) -> torch.dt
         return dtype
     if dtype == "auto":
         return checkpoint.stored_dtype
-    if isinstance(dtype, str) and dtype in _DTYPES:
-        return _DTYPES[dtype]
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
     raise ConfigError(
-        f"dtype is {dtype!r}: it must be 'auto', {', '.join(map(repr, _DTYPES))}, "
+        f"dtype is {dtype!r}: it must be 'auto', {', '.join(map(repr, DTYPES))}, "
         f"or one of {', '.join(map(str, _TORCH_DTYPES))}."
     )
 

@@ -13,6 +13,7 @@ import folo
 from folo import quant
 from folo.bench.report import table
 from folo.errors import ConfigError
+from folo.model.load import DTYPES
 from folo.model.params import Params
 from folo.quant.write import check_target, write
 
@@ -59,7 +60,7 @@ def register(commands: Any) -> None:
         )
         each.add_argument(
             "--dtype",
-            choices=("auto", "float32", "float16", "bfloat16"),
+            choices=("auto", *DTYPES),
             default="auto",
             help="of the weights (default: auto, the checkpoint's own)",
         )

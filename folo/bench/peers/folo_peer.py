@@ -8,13 +8,13 @@ _TO_WARM_UP = 64  # prompts: as many as a peer has for it
 
 
 class _Folo:
-    def __init__(self, checkpoint: str, threads: int) -> None:
+    def __init__(self, checkpoint: str, dtype: str, threads: int) -> None:
         import torch
 
         import folo
 
         torch.set_num_threads(threads)
-        self._params = folo.load(checkpoint, use_tqdm=False)
+        self._params = folo.load(checkpoint, dtype, use_tqdm=False)
         self._step = folo.compile(folo.step)
         self._prompts: Any = None
         self._empty: Any = None

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level interface, with a bf16 GGUF made beside the checkpoint."""
+"""llama.cpp through llama-cpp-python's low-level interface, with a GGUF made beside the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _BATCH_TOKENS = 2048
+_TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _LINEARS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -26,13 +27,13 @@ _ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 
 
 class _LlamaCpp:
-    def __init__(self, checkpoint: str, threads: int) -> None:
+    def __init__(self, checkpoint: str, dtype: str, threads: int) -> None:
         self._lib: Any = importlib.import_module("llama_cpp")
         self._numpy: Any = importlib.import_module("numpy")
         self._threads = threads
         options = self._lib.llama_model_default_params()
         options.n_gpu_layers = 0
-        file = str(converted(checkpoint)).encode()
+        file = str(converted(checkpoint, dtype)).encode()
         self._model = self._lib.llama_model_load_from_file(file, options)
         assert self._model, f"llama.cpp cannot load {file}"
         self._vocab_size = json.loads((Path(checkpoint) / "config.json").read_text())["vocab_size"]
@@ -87,7 +88,7 @@ class _LlamaCpp:
         batch.n_tokens += 1
 
 
-def converted(checkpoint: str) -> Path:
+def converted(checkpoint: str, dtype: str) -> Path:
     """The checkpoint as GGUF without a vocabulary: made once, in its own folder."""
     folder = Path(checkpoint)
     out = folder / "model.gguf"
@@ -123,7 +124,7 @@ def converted(checkpoint: str) -> Path:
                 writer.add_tensor(_gguf_name(name), tensor.float().numpy())
             else:
                 words = tensor.contiguous().view(dtype=importlib.import_module("torch").uint8).numpy()
-                writer.add_tensor(_gguf_name(name), words, raw_dtype=gguf.GGMLQuantizationType.BF16)
+                writer.add_tensor(_gguf_name(name), words, raw_dtype=gguf.GGMLQuantizationType[_TYPES[dtype]])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,4 +1,7 @@
-"""OpenVINO GenAI's continuous batching, with weights that optimum-intel exports beside the checkpoint."""
+"""OpenVINO GenAI's continuous batching, with weights that optimum-intel exports beside the checkpoint.
+
+Weights in bfloat16 are exported as float16: the exporter has no such format.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 _BATCH_TOKENS, _CACHE_GIB = 4096, 4
+_PRECISIONS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 class _OpenVINO:
-    def __init__(self, checkpoint: str, threads: int) -> None:
+    def __init__(self, checkpoint: str, dtype: str, threads: int) -> None:
         self._genai: Any = importlib.import_module("openvino_genai")
         self._tensor: Any = importlib.import_module("openvino").Tensor
         self._numpy: Any = importlib.import_module("numpy")
         importlib.import_module("optimum.intel")
-        self._threads = threads
-        self._model = _exported(checkpoint)
+        self._threads, self._precision = threads, _PRECISIONS[dtype]
+        self._model = _exported(checkpoint, dtype)
         self._pipeline = self._new_pipeline(cold=False)
         self.version = f"OpenVINO GenAI {self._genai.__version__}"
 
@@ -31,8 +35,8 @@ class _OpenVINO:
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = cold
         options = {
-            "INFERENCE_PRECISION_HINT": "bf16",
-            "KV_CACHE_PRECISION": "bf16",
+            "INFERENCE_PRECISION_HINT": self._precision,
+            "KV_CACHE_PRECISION": self._precision,
             "INFERENCE_NUM_THREADS": self._threads,
         }
         return self._genai.ContinuousBatchingPipeline(self._model, scheduler, "CPU", options)
@@ -68,12 +72,13 @@ class _OpenVINO:
         return config
 
 
-def _exported(checkpoint: str) -> str:
+def _exported(checkpoint: str, dtype: str) -> str:
     """The checkpoint in OpenVINO's format: made once, in its folder `openvino`."""
     folder = Path(checkpoint) / "openvino"
     if not (folder / "openvino_model.bin").exists():
         command = [str(Path(sys.executable).parent / "optimum-cli"), "export", "openvino", "-m", checkpoint]
-        command += ["--task", "text-generation-with-past", "--weight-format", "fp16", str(folder)]
+        weights = "fp32" if dtype == "float32" else "fp16"
+        command += ["--task", "text-generation-with-past", "--weight-format", weights, str(folder)]
         subprocess.run(command, check=True)
     return str(folder)
 

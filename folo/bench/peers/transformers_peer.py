@@ -11,13 +11,13 @@ _GPU_SHARE = 0.5  # of the memory that is free: folo's heap lies on the same GPU
 
 
 class _Transformers:
-    def __init__(self, checkpoint: str, threads: int) -> None:
+    def __init__(self, checkpoint: str, dtype: str, threads: int) -> None:
         self._torch: Any = importlib.import_module("torch")
         self._library: Any = importlib.import_module("transformers")
         self._torch.set_num_threads(threads)
         self._device = "cuda" if self._torch.cuda.is_available() else "cpu"
         model = self._library.AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype="auto", attn_implementation="sdpa"
+            checkpoint, dtype=dtype, attn_implementation="sdpa"
         )
         self._model = model.to(self._device).eval()
         self._model.generation_config.eos_token_id = None

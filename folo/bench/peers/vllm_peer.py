@@ -9,13 +9,13 @@ from typing import Any
 
 
 class _VLLM:
-    def __init__(self, checkpoint: str, threads: int) -> None:
+    def __init__(self, checkpoint: str, dtype: str, threads: int) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{threads - 1}")
         self._library: Any = importlib.import_module("vllm")
         self._prompt: Any = importlib.import_module("vllm.inputs").TokensPrompt
         self._engine = self._library.LLM(
             model=checkpoint,
-            dtype="auto",
+            dtype=dtype,
             max_model_len=4096,
             enable_prefix_caching=True,
             disable_log_stats=False,

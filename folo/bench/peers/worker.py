@@ -1,4 +1,4 @@
-"""`python worker.py MODULE CHECKPOINT THREADS`: serve workloads, one line of JSON each way.
+"""`python worker.py MODULE CHECKPOINT DTYPE THREADS`: serve workloads, one line of JSON each way.
 
 It says {"version": ...} when it is ready, or {"missing": module, "python": ...}. Then, for each line
 {"prompts": [[token ids, how many to generate], ...], "cold": whether a prefix cache counts and has to be
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def main() -> None:
-    module, checkpoint, threads = sys.argv[1:]
+    module, checkpoint, dtype, threads = sys.argv[1:]
     # Engines print what they like: the answers go where the standard output was, all else to the errors.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -25,7 +25,7 @@ def main() -> None:
         answers.write(json.dumps(content) + "\n")
 
     try:
-        peer = importlib.import_module(module).start(checkpoint, int(threads))
+        peer = importlib.import_module(module).start(checkpoint, dtype, int(threads))
     except ModuleNotFoundError as error:
         answer({"missing": error.name, "python": sys.executable})
         return
