@@ -21,7 +21,7 @@ from folo.metrics import Clock
 from folo.model.load import load
 from folo.model.tokenizer import load_tokenizer
 from folo.prompt import Prompt, encode, is_prompt, unpacked
-from folo.request import Request, RequestOutput
+from folo.request import Request, RequestOutput, require_id
 from folo.sampling import SamplingParams
 from folo.state.engine import EngineState, init
 from folo.state.flight import landed
@@ -108,6 +108,7 @@ class LLMEngine:
 
         Raises RequestError if there is no such request.
         """
+        require_id(request_id)
         if request_id not in self._done:  # else it ended by itself, just before
             begun, before = time.perf_counter(), self.state
             self.state = abort(before, request_id)

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 
@@ -38,8 +38,7 @@ class Request:
     prompt: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str) or not self.id:
-            raise RequestError(f"request id {self.id!r} must be a non-empty string")
+        require_id(self.id)
         ids = integers(f"request {self.id!r}: prompt_token_ids", self.prompt_token_ids)
         if not ids:
             raise RequestError(f"request {self.id!r}: the prompt is empty; give at least one token id")
@@ -53,6 +52,12 @@ class Request:
             raise RequestError(f"request {self.id!r}: cache_salt {self.cache_salt!r} is not a string")
         object.__setattr__(self, "prompt_token_ids", ids)
         object.__setattr__(self, "priority", int(self.priority))
+
+
+def require_id(id: Any) -> None:
+    """Raises RequestError for what can be no request's id."""
+    if not isinstance(id, str) or not id:
+        raise RequestError(f"request id {id!r} must be a non-empty string")
 
 
 def integers(what: str, ids: Iterable[SupportsIndex]) -> tuple[int, ...]:

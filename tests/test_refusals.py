@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,6 +78,46 @@ def test_what_is_no_request_is_refused(tiny: folo.Params) -> None:
         folo.submit(folo.init(tiny), cast("Any", "the cat"))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p, state: folo.schedule(state),
+        lambda p, state: folo.has_unfinished(state),
+        lambda p, state: folo.outputs(state),
+        lambda p, state: folo.collect(state),
+        lambda p, state: folo.stats(state),
+        lambda p, state: folo.check(state),
+        lambda p, state: folo.submit(state, folo.Request([3])),
+        lambda p, state: folo.abort(state, "a"),
+        lambda p, state: folo.finish(state, "a"),
+        lambda p, state: folo.fork(state, "a", ["b"]),
+        lambda p, state: folo.extend(state, "a", [3]),
+        lambda p, state: folo.rebind(state, p),
+        lambda p, state: folo.reconfigure(state, folo.SchedulerConfig()),
+        lambda p, state: folo.save(state, "state.folo"),
+    ],
+)
+def test_what_is_no_state_is_refused(tiny: folo.Params, call: Any) -> None:
+    with pytest.raises(folo.ConfigError, match="state=None: expected an EngineState"):
+        call(tiny, None)
+    with pytest.raises(folo.ConfigError, match=r"state=\(EngineState\(.*\), {}\): .* return one in a tuple"):
+        call(tiny, folo.collect(folo.init(tiny)))
+
+
+@pytest.mark.parametrize("id", [["a"], {}, 5, ""])
+def test_an_id_that_no_request_can_have_is_refused(engine: folo.LLMEngine, id: Any) -> None:
+    state = folo.submit(engine.state, folo.Request([3], id="a"))
+    calls: list[Callable[[], object]] = [
+        lambda: folo.abort(state, id),
+        lambda: folo.fork(state, id, ["b"]),
+        lambda: folo.extend(state, id, [3]),
+        lambda: engine.abort_request(id),
+    ]
+    for call in calls:
+        with pytest.raises(folo.RequestError, match=f"request id {re.escape(repr(id))} must be a non-empty"):
+            call()
+
+
 def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
     request = folo.Request(prompt(3), folo.SamplingParams(max_tokens=1), "a")
     state = folo.submit(folo.init(tiny), request)
@@ -123,6 +165,10 @@ def test_an_id_is_unique_until_it_is_collected(tiny: folo.Params) -> None:
         (lambda p: folo.init(cast("Any", None)), "params=None: expected what folo.load returns"),
         (lambda p: folo.rebind(folo.init(p), cast("Any", "model")), "params='model': expected"),
         (lambda p: folo.restore(cast("Any", "model"), "state.folo"), "params='model': expected"),
+        (
+            lambda p: folo.restore(p, "state.folo", transforms=cast("Any", [])),
+            r"transforms=\[\]: expected a dict",
+        ),
         (lambda p: folo.init(p, folo.CacheConfig(num_blocks=10**11)), "no memory for a KV heap of 10000000"),
         (lambda p: folo.init(p, folo.CacheConfig(num_blocks=10**30)), "no memory for a KV heap of 10000000"),
         (lambda p: folo.init(p, folo.CacheConfig(kv_cache_gib=1e308)), "no memory .*kv_cache_gib"),

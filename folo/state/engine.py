@@ -11,7 +11,7 @@ from folo.config import CacheConfig, SchedulerConfig, require_kind, require_seed
 from folo.errors import ConfigError, RequestError
 from folo.ops.attention import attention_backend
 from folo.ops.tree import register
-from folo.request import Request
+from folo.request import Request, require_id
 from folo.state.heap import Block, KVHeap
 from folo.state.map import Map
 from folo.state.pool import Pool
@@ -89,6 +89,7 @@ class EngineState:
 
     def held(self, id: str) -> Held:
         """The request of this id; raises RequestError if the state holds none."""
+        require_id(id)
         held = self.requests.get(id) or self.finished.get(id)
         if held is None:
             raise RequestError(f"no request {id!r} in this state: never submitted, or collected already")
@@ -213,6 +214,15 @@ def require_params(params: Any) -> None:
     # The state never imports the model; and to ask params themselves would read all weights.
     if not hasattr(type(params), "fingerprint"):
         raise ConfigError(f"params={params!r}: expected what folo.load returns")
+
+
+def require_state(state: Any) -> None:
+    """Raises ConfigError for what is no EngineState."""
+    if not isinstance(state, EngineState):
+        raise ConfigError(
+            f"state={state!r}: expected an EngineState; folo.init makes one, and folo.step and folo.collect "
+            f"return one in a tuple"
+        )
 
 
 def margin(cache: CacheConfig, scheduler: SchedulerConfig, device: torch.device) -> int:

@@ -23,7 +23,7 @@ from folo.inputs import UNRESOLVED
 from folo.state.advance import Results, advance
 from folo.state.batch import Batch, Scheduled
 from folo.state.bind import Bound
-from folo.state.engine import EngineState
+from folo.state.engine import EngineState, require_state
 from folo.state.evolve import evolve
 from folo.state.sequence import BlockTable
 
@@ -85,6 +85,7 @@ def landed(state: EngineState) -> EngineState:
     Raises:
         RequestError: a request's logits allow no token. The state stays as it was.
     """
+    require_state(state)
     flight = state.flight
     if flight is None:
         return state
@@ -104,6 +105,7 @@ def landed_or_before(state: EngineState) -> EngineState:
 
 def foreseen(state: EngineState) -> EngineState | None:
     """The state after its flight but for the tokens; None if the next step's plan depends on them."""
+    require_state(state)
     flight = state.flight
     if flight is None or not flight.bound.batch.decoding:
         return None

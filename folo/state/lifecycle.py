@@ -13,7 +13,7 @@ from folo.errors import RequestError
 from folo.inputs import pack_sampling
 from folo.request import Request, RequestOutput
 from folo.sampling import derive_seed
-from folo.state.engine import EngineState, Held
+from folo.state.engine import EngineState, Held, require_state
 from folo.state.evolve import evolve
 from folo.state.flight import landed_or_before
 from folo.state.log import Log
@@ -31,6 +31,7 @@ def submit(state: EngineState, request: Request) -> EngineState:
         RequestError: a duplicate id; a prompt that leaves no room under max_model_len; token ids
             outside the vocabulary; stop strings without a tokenizer.
     """
+    require_state(state)
     if not isinstance(request, Request):
         raise RequestError(f"submit takes a folo.Request, got {request!r}")
     _validate(state, request)

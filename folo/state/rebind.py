@@ -31,6 +31,7 @@ def rebind(state: EngineState, params: Params) -> EngineState:
         ConfigError: no Params.
     """
     require_params(params)
+    state = landed_or_before(state)
     old = state.params
     for name, mine, theirs in (
         *((f"config.{f.name}", getattr(old.config, f.name), getattr(params.config, f.name))
@@ -42,7 +43,7 @@ def rebind(state: EngineState, params: Params) -> EngineState:
             raise ParamsMismatchError(
                 f"rebind takes other weights of the same model: {name} is {theirs!r}, the state's is {mine!r}"
             )
-    state = vacate(landed_or_before(state))
+    state = vacate(state)
     return evolve(
         state,
         params=params,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from folo.config import CacheConfig, SchedulerConfig, require_kind
-from folo.errors import IntegrityError, ParamsMismatchError, RestoreError
+from folo.errors import ConfigError, IntegrityError, ParamsMismatchError, RestoreError
 from folo.ops.arithmetic import arithmetic
 from folo.sampling import Transform
 from folo.state.check import check
@@ -56,9 +56,12 @@ def restore(
         RestoreError: the file is missing, truncated, altered or of an unknown version; it was written
             under another instruction set, backend or torch; something that it needs was not given.
         ParamsMismatchError: it was saved with other weights.
-        ConfigError: see `folo.init`.
+        ConfigError: see `folo.init`; `transforms` is no mapping.
     """
     require_params(params)
+    transforms = {} if transforms is None else transforms
+    if not isinstance(transforms, Mapping):
+        raise ConfigError(f"transforms={transforms!r}: expected a dict, {{name: function}}")
     metadata, tensors = _read(Path(path))
     _compare(params, metadata, path, recompute)
     document: Document = json.loads(tensors["document"].numpy().tobytes())
@@ -82,7 +85,7 @@ def restore(
     numbers = _lists(tensors, "tables", "table_start")
     blocks = _stand_ins(tensors, state.cache.enable_prefix_caching)
     tables = [BlockTable.of(tuple(blocks[n] for n in table)) for table in numbers]
-    state = rebuild(state, document, tokens, tables, transforms or {})
+    state = rebuild(state, document, tokens, tables, transforms)
     state = vacate(state) if recompute else _housed(_fitted(_pooled(state, blocks)), tensors)
     try:
         check(state)
