@@ -81,6 +81,14 @@ def test_a_checkpoint_is_what_its_words_say(style: Style, tmp_path: Path) -> Non
     assert params.num_parameters == sum(weight.numel() for weight in exact.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_has_no_say(dtype: torch.dtype, tmp_path: Path) -> None:
+    exact = gptq_checkpoint(tmp_path)
+    with torch.autocast("cpu", dtype):
+        params = load(tmp_path)
+    check_weights(params, exact)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("desc_act", [False, True])
 def test_logits_are_those_of_the_dequantised_model(architecture: str, desc_act: bool, tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def load(
         ConfigError: `dtype` or `device` is none that can be used.
     """
     where = _resolve_device(device)
-    with torch.device("cpu"):  # for what is read on the way, whatever torch.set_default_device says
+    # For what is read on the way, whatever torch.set_default_device and torch.autocast say.
+    with torch.device("cpu"), torch._C._DisableAutocast():
         checkpoint = open_checkpoint(locate(model))
         config = checkpoint.config(_resolve_dtype(dtype, checkpoint))
         _check_tensors(checkpoint, config)
