@@ -66,6 +66,15 @@ def test_a_layer_leaves_a_compiler_nothing_to_make_code_for(kind: str, tmp_path:
     assert compiled == outputs(params, folo.step, 3)
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_compiled_forward_gives_equal_bits(pack: bool, tiny_dir: Path) -> None:
+    params = folo.load(tiny_dir, pack=pack, use_tqdm=False)
+    compiled = torch.compile(folo.model.forward)
+    for length in (3, 21):
+        ids = torch.tensor(prompt(length))
+        assert torch.equal(compiled(params, ids), folo.model.forward(params, ids))
+
+
 def test_auto_is_the_faster_one_as_measured(tiny: folo.Params) -> None:
     assert folo.compile(folo.step) is folo.step
     assert folo.compile(folo.step, mode="eager") is folo.step

@@ -152,7 +152,8 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
 
     Bit for bit what the engine computes for the same tokens. Under `torch.func` transforms (grad,
     jvp, vmap, ...) or autograd on `params` it runs the reference ops, in plain differentiable torch:
-    their last bits may differ from a kernel's. float64 params give float64 logits.
+    their last bits may differ from a kernel's. float64 params give float64 logits. Otherwise `torch.compile`
+    leaves the kernels as they are.
 
     Raises:
         ConfigError: token_ids is no integer tensor, not one-dimensional and non-empty, longer than the
@@ -177,6 +178,15 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
     inputs = _one_sequence(token_ids.to(params.device, torch.int64))
     if _differentiated(params):
         return _reference_logits(params, inputs)
+    if torch.compiler.is_compiling():  # it would make code for what the ops call, which rounds otherwise
+        uncompiled: Any = torch.compiler.disable(_kernel_logits)
+        return uncompiled(params, inputs)
+    return _kernel_logits(params, inputs)
+
+
+def _kernel_logits(params: Params, inputs: Inputs) -> Tensor:
+    """Of one whole sequence, `[T, V]`, as the engine computes them."""
+    config = params.config
     require_in_vocabulary(config, int(inputs.token_ids.min()), int(inputs.token_ids.max()))
     shape = config.num_layers, inputs.block_tables.shape[1], _BLOCK, config.num_kv_heads, config.head_dim
     k, v = kv_cache.zeros(shape, params.dtype, params.device)
@@ -226,7 +236,7 @@ def _one_sequence(token_ids: Tensor) -> Inputs:
 
 def _differentiated(params: Params) -> bool:
     """Whether a torch.func transform or autograd is at work, which an opaque op would silently stop."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    if torch._C._are_functorch_transforms_active():
         return True
     leaves = pytree.tree_leaves(params)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
