@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _report(name: str, error: float) -> None:
-    tqdm.write(f"{name:32}  relative error {error:.2e}")
+    tqdm.write(f"{name:32}  relative error {error:.2e}", file=sys.stderr)
 
 
 def _perplexity(args: argparse.Namespace) -> None:
