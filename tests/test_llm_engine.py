@@ -219,6 +219,26 @@ class TestClocks:
         assert output.finished
         self.check(output.metrics)
 
+    def test_of_requests_that_a_state_from_outside_does_not_hold_are_forgotten(
+        self, engine: LLMEngine
+    ) -> None:
+        empty = engine.state
+        for number in range(3):
+            engine.add_request(str(number), "the cat", replace(SEEDED, detokenize=True))
+            engine.step()
+            engine.state = empty
+        engine.step()
+        assert not engine._clocks
+        assert not engine._texts._known
+        engine.add_request("kept", "the cat", SEEDED)
+        engine.step()
+        arrival = engine._clocks["kept"].arrival
+        engine.add_request("gone", "the cat", SEEDED)
+        engine.step()
+        engine.state = folo.collect(folo.abort(engine.state, "gone"))[0]
+        engine.step()
+        assert {id: clock.arrival for id, clock in engine._clocks.items()} == {"kept": arrival}
+
     def check(self, metrics: Mapping[str, float]) -> None:
         assert metrics["throughput"] > 0
         assert all(value >= 0 for value in metrics.values())
