@@ -76,6 +76,31 @@ def test_sequences_that_preempt_one_another_come_to_the_tokens_of_eager_steps(ti
     }
 
 
+def test_an_exhausted_heap_counts_blocks_of_a_step_in_flight_with_the_state_that_holds_it(
+    tiny: folo.Params,
+) -> None:
+    cache = folo.CacheConfig(block_size=8, num_blocks=8)
+    empty = folo.init(tiny, cache, folo.SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=16))
+    one = folo.SamplingParams(max_tokens=1)
+    older = one_step(folo.submit(empty, folo.Request(prompt(9, 0), one, "older")))
+    state = empty
+    for n in (1, 2):
+        state = folo.submit(state, folo.Request(prompt(9, n), one, str(n)))
+    state = one_step(state)  # its two blocks are in flight only, and once that has landed one of them is idle
+    others = [state.heap.allocate() for _ in range(state.heap.num_free - 1)]
+    batch = folo.schedule(state)
+    assert batch is not None
+    with pytest.raises(folo.OutOfBlocksError) as caught:
+        STEP(tiny, state, batch)
+    assert str(caught.value).startswith(
+        "all 12 blocks of the KV heap are in use: 2 by the state being stepped, 2 pinned by 1 older states "
+        "that are still held, 8 by the step itself"
+    )
+    del caught, batch
+    others.clear()
+    assert [len(folo.outputs(run(held))) for held in (older, state)] == [1, 2]
+
+
 def test_histories_are_not_copied(tiny: folo.Params) -> None:
     state = folo.init(tiny, folo.CacheConfig(num_blocks=60), folo.SchedulerConfig(max_num_seqs=4))
     for n in range(4):
