@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine import finish_all, prompt, run
+from engine import finish_all, ids_of, prompt, run
 
 import folo
 from folo.state.heap import Block
@@ -310,6 +310,38 @@ def test_only_lookups_in_the_cache_count_as_queries(tiny: folo.Params) -> None:
         state = finish_all(tiny, state)
         state = finish_all(tiny, folo.submit(state, folo.Request(prompt(40), two, "b")))
         assert (state.counters.prefix_queries, state.counters.prefix_hits) == counted
+
+
+@pytest.mark.parametrize("computed", [23, 24])  # the third block is about to be full, or just is
+def test_a_prompt_takes_cached_blocks_and_none_that_follows_others_of_their_content(
+    tiny: folo.Params, computed: int
+) -> None:
+    """Others may be in use beside the cached ones: of a prompt that is scored, and so computed anew."""
+    state, ids = state_of(tiny, folo.CacheConfig(block_size=8, num_blocks=64)), prompt(18)
+    two = folo.SamplingParams(temperature=1.0, n=2, max_tokens=12, ignore_eos=True, prompt_logprobs=0)
+    cached = folo.submit(state, folo.Request(ids, folo.SamplingParams(max_tokens=1), "cached"))
+    state = folo.submit(finish_all(tiny, cached), folo.Request(ids, two, "scored"))
+    while len(scored := [*ids, *ids_of(state, "scored")]) <= computed:
+        state = step(tiny, state)
+    later = folo.Request([*scored[:24], 7, 7, 7], LONG, "later")
+    expected = run(tiny, [later])["later"].outputs
+    state = finish_all(tiny, folo.submit(state, later))
+    assert folo.outputs(state)["later"].num_cached_tokens == 16
+    assert folo.outputs(state)["later"].outputs == expected
+
+
+def test_contents_of_one_digest_are_kept_apart(tiny: folo.Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [folo.Request(prompt(length, n), LONG, str(n)) for n, length in enumerate((18, 20, 40))]
+    requests += [folo.Request(requests[n].prompt_token_ids, LONG, f"{n} again") for n in (0, 2)]
+    expected = {request.id: run(tiny, [request])[request.id].outputs for request in requests}
+    for module in ("pool", "check"):  # the number of the block is all that it tells
+        monkeypatch.setattr(f"folo.state.{module}.block_digest", lambda parent, ids, salt: parent + b".")
+    state = state_of(tiny, folo.CacheConfig(block_size=8, num_blocks=64))
+    for request in requests:
+        state = step(tiny, folo.submit(state, request))
+    outputs = folo.outputs(finish_all(tiny, state))
+    assert {id: output.outputs for id, output in outputs.items()} == expected
+    assert [output.num_cached_tokens for output in outputs.values()] == [0, 0, 0, 16, 0]
 
 
 def test_looking_for_the_oldest_idle_block_does_not_walk_through_all_of_history(tiny: folo.Params) -> None:

@@ -119,7 +119,7 @@ def _index(
     blocks, swapped = list(table.blocks), False
     for number in range(start // size, min(end // size, len(sequence.digests))):
         if number and not pool.cached(blocks[number - 1]):
-            break  # should two contents ever have one digest, what follows the second stays out
+            break  # what follows a block that stayed out, as below, stays out: it has one predecessor
         digest = sequence.digests[number]
         parent = sequence.digests[number - 1] if number else ROOT
         token_ids = sequence.tokens[number * size : (number + 1) * size]
