@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from folo.errors import LoadError
 from folo.model.gguf import read_metadata
 from folo.model.locate import locate
+
+if TYPE_CHECKING:  # imported where a tokenizer is made: to import folo is half a second faster
+    from transformers import PreTrainedTokenizerBase
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's llama_token_type
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -74,6 +76,8 @@ def _from_directory(path: Path) -> PreTrainedTokenizerBase:
     builds the pre-tokenizer anew, and SmolLM2 would lose its individual digits."""
     if not (path / "tokenizer.json").exists():
         return _by_its_class(path)
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
@@ -84,6 +88,8 @@ def _by_its_class(path: Path, **options: Any) -> PreTrainedTokenizerBase:
 
 
 def _from_gguf(path: Path) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
     metadata = read_metadata(path)
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
