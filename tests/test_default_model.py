@@ -13,6 +13,7 @@ from checkpoints import state_dict
 from engine import run
 from prompts import token_ids
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 
 import folo
 
@@ -35,20 +36,20 @@ def exact() -> folo.Params:
 def transformers_model(params: folo.Params, dtype: torch.dtype) -> Any:
     """transformers' own modules around the same weights (their loading is compared in test_load_gguf)."""
     config = params.config
-    model: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
-            tie_word_embeddings=True,
-        )
+    settings = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
+        tie_word_embeddings=True,
     )
+    with no_init_weights():  # random numbers for 135 million weights take longer than these
+        model: Any = LlamaForCausalLM(settings)
     missing, unexpected = model.load_state_dict(state_dict(params), strict=False)
     assert (missing, unexpected) in (([], []), (["lm_head.weight"], []))
     model.tie_weights()
