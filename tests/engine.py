@@ -242,18 +242,13 @@ def draw(recipe: Recipe, output: Items[int], raw: Tensor, stop_ids: Iterable[int
     bias = dict(sampling.logit_bias or ())
     if len(output) < sampling.min_tokens:
         bias |= dict.fromkeys(stop_ids, -math.inf)
-
-    def column(value: float) -> Tensor:
-        return torch.tensor([value], dtype=torch.float32)
-
+    penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
     processed = ops.penalize(
         raw[None],
         torch.tensor([*recipe.prompt, *output]),
         torch.tensor([0, length]),
         torch.tensor([len(recipe.prompt)]),
-        column(sampling.repetition_penalty),
-        column(sampling.presence_penalty),
-        column(sampling.frequency_penalty),
+        *map(column, penalties),
         torch.zeros(len(bias), dtype=torch.int64),
         torch.tensor(list(bias), dtype=torch.int64),
         torch.tensor(list(bias.values()), dtype=torch.float32),
@@ -263,11 +258,17 @@ def draw(recipe: Recipe, output: Items[int], raw: Tensor, stop_ids: Iterable[int
     context = Context(recipe.prompt, tuple(output), length, recipe.stream)
     for transform in sampling.logits_processors:
         processed = transform(processed[0], context)[None]
-    u = column(_uniform(recipe.seed, length, recipe.stream))
+    u = _uniform(recipe.seed, length, recipe.stream)
     return int(ops.draw(processed, temperature == 0, u)), processed[0]
 
 
 @cache
-def _uniform(seed: int, position: int, stream: int) -> float:
+def column(value: float) -> Tensor:
+    """What the ops take for a batch of one row: few values, for very many rows."""
+    return torch.tensor([value], dtype=torch.float32)
+
+
+@cache
+def _uniform(seed: int, position: int, stream: int) -> Tensor:
     words = [seed - 2**64 if seed >= 2**63 else seed, position, stream]
-    return ops.philox(*(torch.tensor([word]) for word in words), 0).item()
+    return ops.philox(*(torch.tensor([word]) for word in words), 0)
