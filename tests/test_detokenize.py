@@ -111,6 +111,7 @@ def test_bytes_that_are_no_character_show_one_replacement_each_however_many_come
         assert state.final_text == "\ufffd" * count
 
 
+@pytest.mark.no_cover
 @given(st.lists(st.integers(0, 258), max_size=60), st.lists(st.integers(0, 258), max_size=12), st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_read_as_the_whole_decoded_at_once(
@@ -122,6 +123,7 @@ def test_any_bytes_read_as_the_whole_decoded_at_once(
     assert decode(BYTES, prompt, skip) + text_of(BYTES, prompt, output, skip) == full
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["byte-level", "byte-fallback"])
 @given(st.lists(st.integers(0, 270), max_size=40), st.lists(st.integers(0, 258), max_size=8))
 @settings(max_examples=300, deadline=None)
@@ -133,12 +135,14 @@ def test_what_is_certain_no_later_token_changes(tokenizer: Any, output: list[int
     assert seen[-1].final_text.startswith(seen[-1].certain_text)
 
 
+@pytest.mark.no_cover
 @given(st.text(max_size=30), st.text(max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_any_text_comes_back(prompt: str, text: str) -> None:
     assert text_of(BYTES, encode(BYTES, prompt), encode(BYTES, text), skip_special_tokens=False) == text
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["byte-level", "byte-fallback"])
 @given(ids=st.lists(st.integers(0, 258), max_size=40), data=st.data())
 @settings(max_examples=200, deadline=None)

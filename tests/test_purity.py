@@ -113,6 +113,7 @@ def sampled_every_way(params: folo.Params) -> tuple[folo.EngineState, Inputs]:
     return state, replace(inputs, copy_source=torch.tensor([0]), copy_target=torch.tensor([9]))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])

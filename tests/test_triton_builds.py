@@ -88,6 +88,7 @@ def distinct(builds: Iterable[Build]) -> list[Build]:
     return list({repr(build): build for build in builds}.values())
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("module", sorted(set(cuda.KERNELS.values())))
 def test_builds_fit_the_machine_and_rows_meet_one_arithmetic(
