@@ -40,7 +40,7 @@ def _block_type_once(self: Any, element_ty: Any, shape: Any) -> None:
     """Every operation makes such types, and spells out their names: equal ones share all they have."""
     if element_ty.is_ptr():  # which has no hash
         return _make_block_type(self, element_ty, shape)
-    key = element_ty, *(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+    key = element_ty.name, *[size.value if type(size) is tl.constexpr else size for size in shape]
     if key not in _attributes:
         _make_block_type(self, element_ty, shape)
         _attributes[key] = self.__dict__
@@ -64,11 +64,34 @@ _typed = TritonSemantic.binary_op_type_checking_impl
 
 
 def _typed_at_once(self: Any, lhs: Any, rhs: Any, *options: Any, **named: Any) -> Any:
-    """Two blocks of one type, as nearly always, stay what they are."""
-    tensors = type(lhs) is type(rhs) is tl.tensor
-    if tensors and lhs.type.__dict__ is rhs.type.__dict__ and lhs.dtype.name in _NEVER_PROMOTED:
-        return lhs, rhs
+    """Two blocks of one type, as nearly always, stay what they are; those of other shapes are broadcast."""
+    if type(lhs) is type(rhs) is tl.tensor and lhs.dtype is rhs.dtype and lhs.dtype.name in _NEVER_PROMOTED:
+        same = lhs.type.__dict__ is rhs.type.__dict__
+        return (lhs, rhs) if same else self.broadcast_impl_value(lhs, rhs)
     return _typed(self, lhs, rhs, *options, **named)
+
+
+_scalar = TritonSemantic.scalar_constant
+_scalars: dict[Any, Any] = {}
+
+
+def _scalar_once(self: Any, value: Any, dtype: Any) -> Any:
+    """A kernel meets few constants, and each of them in every step of its loops."""
+    key = type(value), value, dtype.name
+    if key not in _scalars:
+        _scalars[key] = _scalar(self, value, dtype)
+    return _scalars[key]
+
+
+def _attribute(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    """Calls as Triton's do, but past the check that the argument is there which is given here."""
+    function, semantic = getattr(member, "__wrapped__", member), TritonSemantic(builder)
+
+    def called(*args: Any, **named: Any) -> Any:
+        named["_semantic"] = semantic
+        return function(*args, **named)
+
+    scope.set_attr(obj, name, called)
 
 
 _type_for_tuple_values = tl.core._type_for_tuple_values
@@ -100,6 +123,8 @@ interpreter.InterpreterBuilder.create_dot = _dot
 interpreter._patch_lang_tensor = _patch_tensor_and_index
 tl.tensor.__init__ = _tensor_of_type
 TritonSemantic.binary_op_type_checking_impl = _typed_at_once
+TritonSemantic.scalar_constant = _scalar_once
+interpreter._patch_attr = _attribute
 tl.block_type.__init__ = _block_type_once
 tl.core._type_for_tuple_values = _tuple_type_once
 interpreter._get_np_dtype = _np_dtype_once
