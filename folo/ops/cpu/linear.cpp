@@ -109,17 +109,19 @@ void block(const Linear& a, const typename P::X* x, int64_t depth, int64_t row, 
     for (int c = 0; c < C; ++c) write_tile<typename P::T>(a, out, row + r, tile + c, copies[r] + c * kVectors);
 }
 
-// A thread's products of rows of x with panels of kTiles tiles.
+// A thread's products of rows of x with a panel of tiles.
 template <typename P>
 struct Multiplier {
   static constexpr int kHigh = kRows, kTiles = kWide, kMost = 96;  // rows at once; tiles; rows of a chunk
-  static constexpr int64_t kChunkBytes = 256 << 10;                // of x that a thread goes over tile by tile
+  // Of several chunks of x, each is multiplied with so many tiles in turn: both stay in the second cache for that.
+  static constexpr int kPanel = 4;
+  static constexpr int64_t kChunkBytes = 256 << 10;
 
   static bool fetches_ahead(int64_t chunks) { return chunks == 1; }
 
   void panel(const Linear& a, const typename P::X* x, int64_t depth, int64_t first, int64_t end, int64_t tile,
              int64_t last, const Out& out, Ahead& ahead) {
-    last_block<kTiles>(last - tile, tile, [&](auto tiles, int64_t at) {
+    in_blocks<kTiles>(tile, last, [&](auto tiles, int64_t at) {
       rows<decltype(tiles)::value>(a, x, depth, first, end, at, out, ahead);
     });
   }
@@ -137,7 +139,7 @@ struct Multiplier {
 #ifdef FOLO_AMX
 template <>
 struct Multiplier<Pairs> {
-  static constexpr int kHigh = 2 * amx::kTileRows, kTiles = 2, kMost = 4 * kHigh;
+  static constexpr int kHigh = 2 * amx::kTileRows, kTiles = 2, kPanel = 2, kMost = 4 * kHigh;
   static constexpr int64_t kChunkBytes = 1 << 20;
   // Pairs of a weight that all rows are multiplied with before the next ones: few enough to stay in the first cache.
   static constexpr int64_t kPart = 128;
@@ -189,19 +191,20 @@ struct Multiplier<Pairs> {
 };
 #endif
 
-// Chunks of rows times panels of tiles, dealt to threads in order: neighbours share a panel. Where the
+// Chunks of rows times panels of tiles, taken by threads in order: neighbours share a panel. Where the
 // weight is a gate's and an up projection's, a panel of each goes to memory at hand, and what they come to to
 // the output.
 template <typename P>
 void product(const Linear& a, const typename P::X* x, int64_t depth) {
   using T = typename P::T;
   using M = Multiplier<P>;
-  constexpr int64_t kWidth = M::kTiles * kTile;
+  constexpr int64_t kWidth = M::kPanel * kTile;
   const int64_t all_tiles = (a.n + kTile - 1) / kTile, tiles = a.gated ? all_tiles / 2 : all_tiles;
   const int64_t fit = M::kChunkBytes / int64_t(depth * sizeof(*x)) / M::kHigh * M::kHigh;
   const int64_t height = std::clamp<int64_t>(fit, M::kHigh, M::kMost), chunks = (a.m + height - 1) / height;
   // Of one chunk's panels, every thread gets as many, some of them a tile narrower.
-  const int64_t least = (tiles + M::kTiles - 1) / M::kTiles, threads = chunks == 1 ? omp_get_max_threads() : 1;
+  const int64_t width = chunks == 1 ? M::kTiles : M::kPanel, least = (tiles + width - 1) / width;
+  const int64_t threads = chunks == 1 ? omp_get_max_threads() : 1;
   const int64_t panels = std::min(tiles, (least + threads - 1) / threads * threads);
   const int64_t tile_bytes = depth * kTile * int64_t(sizeof(typename P::W));
 #pragma omp parallel
@@ -219,14 +222,10 @@ void product(const Linear& a, const typename P::X* x, int64_t depth) {
       }
       multiplier.panel(a, x, depth, first, end, tile, last, out, ahead);
     };
-#pragma omp for schedule(static) nowait
-    for (int64_t task = 0; task < panels * chunks; ++task) {
+    auto compute = [&](int64_t task) {
       const int64_t first = task % chunks * height, end = std::min(a.m, first + height);
       const int64_t tile = task / chunks * tiles / panels, last = (task / chunks + 1) * tiles / panels;
-      if (!a.gated) {
-        panel(first, end, tile, last, last, {a.out, a.wide, a.n, 0, 0});
-        continue;
-      }
+      if (!a.gated) return panel(first, end, tile, last, last, {a.out, a.wide, a.n, 0, 0});
       panel(first, end, tile, last, tiles + tile, {both, false, 2 * kWidth, first, tile});
       panel(first, end, tiles + tile, tiles + last, last, {both + kWidth, false, 2 * kWidth, first, tiles + tile});
       for (int64_t row = first; row < end; ++row) {
@@ -234,6 +233,14 @@ void product(const Linear& a, const typename P::X* x, int64_t depth) {
         silu_mul_row(gate, gate + kWidth, static_cast<T*>(a.out) + row * tiles * kTile + tile * kTile,
                      (last - tile) * kTile);
       }
+    };
+    const int64_t tasks = panels * chunks;
+    if (M::fetches_ahead(chunks)) {  // what comes after a panel has to be this thread's too
+#pragma omp for schedule(static) nowait
+      for (int64_t task = 0; task < tasks; ++task) compute(task);
+    } else {  // a core that others use as well takes fewer
+#pragma omp for schedule(dynamic) nowait
+      for (int64_t task = 0; task < tasks; ++task) compute(task);
     }
   }
 }
