@@ -77,7 +77,7 @@ _scalars: dict[Any, Any] = {}
 
 def _scalar_once(self: Any, value: Any, dtype: Any) -> Any:
     """A kernel meets few constants, and each of them in every step of its loops."""
-    key = type(value), value, dtype.name
+    key = type(value), repr(value), dtype.name  # 0.0 and -0.0 are equal, and not the same
     if key not in _scalars:
         _scalars[key] = _scalar(self, value, dtype)
     return _scalars[key]
