@@ -180,7 +180,9 @@ def test_layers_are_fitted_to_what_the_model_computes(tiny: folo.Params) -> None
         inputs[name] = list(rows)
         return linear
 
-    streams = [embedded(tiny, torch.tensor(ids), torch.arange(len(ids))) for ids in CALIBRATION]
+    streams = [
+        embedded(tiny, torch.tensor(ids), torch.arange(len(ids)), tiny.inv_freq) for ids in CALIBRATION
+    ]
     for layer, next_norm in layers_with_next_norm(tiny):
         _, streams = decoder.quantised_layer(tiny.config, layer, next_norm, streams, quantised)
     for ids, (x, _, _) in zip(CALIBRATION, streams, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -296,6 +297,35 @@ def test_vmap_over_stacked_params_gives_each_models_logits(tmp_path: Path) -> No
             one = tree_map(lambda leaf, number=number: leaf[number], gradients)
             for a, b in zip(pytree.tree_leaves(one), pytree.tree_leaves(grad(loss)(params)), strict=True):
                 check_close(a, b, 1e-4)
+
+
+@pytest.mark.no_cover
+def test_a_compiler_makes_one_graph_of_a_transform(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, "qwen3", num_hidden_layers=1, **SMALL)
+    params = folo.load(tmp_path, dtype=torch.float32, pack=False, use_tqdm=False)
+    ones = tree_map(torch.ones_like, params)
+
+    def check(compiled: Callable[..., Any], function: Callable[..., Any], ids: Tensor) -> None:
+        results = (pytree.tree_leaves(run(params, ids)) for run in (compiled, function))
+        for got, expected in zip(*results, strict=True):
+            assert torch.equal(got, expected)
+
+    def as_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, backend="eager")
+
+    def autograd(loss: Callable[..., Tensor], params: folo.Params, ids: Tensor) -> Any:
+        params = tree_map(lambda leaf: leaf.detach().requires_grad_(), params)
+        return torch.autograd.grad(loss(params, ids), pytree.tree_leaves(params))
+
+    gradients = as_one_graph(grad(loss))
+    check(gradients, grad(loss), IDS)
+    check(gradients, grad(loss), IDS[:6])  # another length is another graph
+    for function in (
+        lambda params, ids: jvp(lambda params: loss(params, ids), (params,), (ones,)),
+        lambda params, ids: vmap(folo.model.forward, (None, 0))(params, ids.view(3, -1)),
+    ):
+        check(as_one_graph(function), function, IDS[:6])
+    check(partial(autograd, as_one_graph(loss)), partial(autograd, loss), IDS[:6])
 
 
 def test_vmap_over_prompts_gives_each_prompts_logits_and_gradients(tmp_path: Path) -> None:

@@ -31,13 +31,13 @@ def _linear(x: Tensor, weights: Linear, op: Any) -> Tensor:
 
 
 def embedded(
-    params: Params, token_ids: Tensor, positions: Tensor, op: Any = ops
+    params: Params, token_ids: Tensor, positions: Tensor, inv_freq: Tensor, op: Any = ops
 ) -> tuple[Tensor, Tensor, Tensor]:
     """token_ids and positions int64 `[T]` -> the first layer's x, residual `[T, D]` and angles `[T, E]`.
 
     op: the module of ops: `folo.ops`, or `folo.ops.reference` for arithmetic that can be differentiated.
     """
-    angles = op.rope_angles(positions, params.inv_freq)
+    angles = op.rope_angles(positions, inv_freq)
     embed = params.embed
     residual = embed.rows(token_ids) if isinstance(embed, Packed) else embed[token_ids]
     return op.rms_norm(residual, params.layers[0].input_norm, params.config.rms_norm_eps), residual, angles
@@ -129,7 +129,7 @@ def hidden_in_heap(
     """The normalised hidden states of a step's `logits_rows`, `[R, D]`, over the k and v of a `KVHeap`."""
     config, wanted = params.config, inputs.logits_rows
     where = inputs.slots, inputs.block_tables, inputs.query_start, inputs.seq_lens
-    x, residual, angles = embedded(params, inputs.token_ids, inputs.positions)
+    x, residual, angles = embedded(params, inputs.token_ids, inputs.positions, params.inv_freq)
     if (
         layer_function is layer_in_heap
         and attention == "cpu"
@@ -152,8 +152,9 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
 
     Bit for bit what the engine computes for the same tokens. Under `torch.func` transforms (grad,
     jvp, vmap, ...) or autograd on `params` it runs the reference ops, in plain differentiable torch:
-    their last bits may differ from a kernel's. float64 params give float64 logits. Otherwise `torch.compile`
-    leaves the kernels as they are.
+    their last bits may differ from a kernel's. float64 params give float64 logits. `torch.compile` makes one
+    graph of that for each length of prompt (`torch.compile(torch.func.grad(loss))`), whose last bits may
+    differ once more; otherwise it leaves the kernels as they are.
 
     Raises:
         ConfigError: token_ids is no integer tensor, not one-dimensional and non-empty, longer than the
@@ -210,16 +211,20 @@ def _reference_logits(params: Params, inputs: Inputs) -> Tensor:
             "packed weights cannot be differentiated or transformed: folo.load(..., pack=False)"
         )
     config, op = params.config, reference
-    tables, start, lens = inputs.block_tables, inputs.query_start, inputs.seq_lens
+    length = len(
+        range(inputs.token_ids.shape[0])
+    )  # a constant to a compiler, not a symbol: it decides the tiles
 
     def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
         norms = layer.q_norm, layer.k_norm
         q, k, v = op.qk_norm_rope(qkv, angles, *norms, config.rms_norm_eps, config.num_kv_heads)
         pad = k.new_zeros((-k.shape[0] % _BLOCK, *k.shape[1:]))
         k, v = (torch.cat((x, pad)).unflatten(0, (-1, _BLOCK)) for x in (k, v))
-        return op.paged_attention(q, k, v, tables, start, lens, config.head_dim**-0.5).flatten(1)
+        tables, scale = inputs.block_tables, config.head_dim**-0.5
+        return op.attention_of(q, k, v, tables, [0, length], [length], scale).flatten(1)
 
-    x, residual, angles = embedded(params, inputs.token_ids, inputs.positions, op)
+    inv_freq = params.new_inv_freq()
+    x, residual, angles = embedded(params, inputs.token_ids, inputs.positions, inv_freq, op)
     for layer, next_norm in layers_with_next_norm(params):
         x, residual = decoder_layer(attend, layer, next_norm, x, residual, angles, config.rms_norm_eps, op=op)
     return logits(params, x, op)

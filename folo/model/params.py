@@ -117,14 +117,18 @@ class Params:
 
     @cached_property
     def inv_freq(self) -> Tensor:
-        """Rotary frequencies, float32 (float64 for float64 weights) `[E/2]`, on the weights' device.
+        """`new_inv_freq`, once.
 
         A compiler takes them as an input, and has to find them there: its own code would round otherwise.
         """
         assert not torch.compiler.is_compiling(), "read params.inv_freq once before compiling"
-        kind = torch.float64 if self.dtype == torch.float64 else torch.float32
         with torch.inference_mode(False):  # whoever reads them first, others read them in other modes
-            return self.config.inv_freq().to(self.device, kind)
+            return self.new_inv_freq()
+
+    def new_inv_freq(self) -> Tensor:
+        """Rotary frequencies, float32 (float64 for float64 weights) `[E/2]`, on the weights' device."""
+        kind = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self.config.inv_freq().to(self.device, kind)
 
     @cached_property
     def own_layers(self) -> tuple[list[Tensor], list[int]] | None:

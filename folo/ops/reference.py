@@ -213,19 +213,31 @@ def paged_attention(
     no-op for it: its weights are exp(-inf) = 0, and the rescaling is exp(0) = 1. (So long as K and V
     of the sequence are finite: 0 * inf is not. Beyond its end they may be anything.)
     """
-    tiles = _query_tiles(q, k_cache.shape[2], query_start.tolist(), seq_lens.tolist())
-    if tiles is None:
+    return attention_of(q, k_cache, v_cache, block_tables, query_start.tolist(), seq_lens.tolist(), scale)
+
+
+def attention_of(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: list[int],
+    seq_lens: list[int],
+    scale: float,
+) -> Tensor:
+    """`paged_attention` where the host knows the lengths: no value of a tensor decides what is computed."""
+    if not q.shape[0]:
         return q.new_empty(q.shape)
-    rows, tile_sequence, position, unsort = tiles
     (block_size, num_kv_heads), head_dim = k_cache.shape[1:3], q.shape[-1]
-    last = position.amax(-1)
+    last, tile_sequence, rows, position, unsort = _query_tiles(q, num_kv_heads, query_start, seq_lens)
+    lengths = torch.tensor(seq_lens, device=q.device)[:, None]
     top = position.new_full(position.shape, -torch.inf, dtype=rows.dtype)[:, None].expand(rows.shape[:-1])
     total, acc = torch.zeros_like(rows[..., 0]), torch.zeros_like(rows)
-    for start in range(0, int(last[0]) + 1, KV_TILE):
-        n = int((last >= start).sum())  # tiles stand in descending order of their last position
+    for start in range(0, last[0] + 1, KV_TILE):
+        n = sum(position >= start for position in last)
         keys = torch.arange(start, start + KV_TILE, device=q.device)
         column = (keys // block_size).clamp(max=block_tables.shape[1] - 1)
-        inside = keys < seq_lens[:, None]
+        inside = keys < lengths
         block = torch.where(inside, block_tables[:, column].long(), 0)
         offset = torch.where(inside, keys % block_size, 0)
         keys_of, values_of = kv_cache.read(k_cache, v_cache, block, offset)
@@ -263,35 +275,33 @@ def _batched(a: Tensor, b: Tensor) -> Tensor:
 
 def _query_tiles(
     q: Tensor, num_kv_heads: int, query_start: list[int], seq_lens: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+) -> tuple[list[int], Tensor, Tensor, Tensor, Tensor]:
     """Cut the query rows of each (sequence, KV head) into tiles, those with the longest context first.
 
-    -> rows `[N, Hkv, ROW_TILE, E]`, the tile's sequence `[N]`, its rows' positions `[N, ROW_TILE]`,
-    and for each (token, head of its group) in order the row that holds it `[T * Hq/Hkv]`; None for
-    an empty batch.
+    -> for each tile its last row's position and, `[N]`, its sequence; rows `[N, Hkv, ROW_TILE, E]`, their
+    positions `[N, ROW_TILE]`; and for each (token, head of its group) in order the row that holds it
+    `[T * Hq/Hkv]`.
     """
-    group = q.shape[1] // num_kv_heads
-    tiles: list[tuple[int, int, int]] = []  # (last position, sequence, first row)
+    group, device = q.shape[1] // num_kv_heads, q.device
+    tiles: list[tuple[int, int, int, int]] = []  # last position, sequence, first row, end
     for s, length in enumerate(seq_lens):
         num_rows = (query_start[s + 1] - query_start[s]) * group
         for first in range(0, num_rows, ROW_TILE):
-            tokens = (min(first + ROW_TILE, num_rows) - 1) // group - num_rows // group
-            tiles.append((length + tokens, s, first))
-    if not tiles:
-        return None
-    tiles.sort(reverse=True)
-    device = q.device
-    sequence = torch.tensor([s for _, s, _ in tiles], device=device)
-    first = torch.tensor([f for _, _, f in tiles], device=device)
+            end = min(first + ROW_TILE, num_rows)
+            tiles.append((length - 1 - (num_rows - end) // group, s, first, end))
+    order = sorted(range(len(tiles)), key=lambda number: -tiles[number][0])
+    last, sequences, firsts, _ = zip(*(tiles[number] for number in order), strict=True)
+    sequence, first = torch.tensor(sequences, device=device), torch.tensor(firsts, device=device)
     starts, lengths = torch.tensor(query_start, device=device), torch.tensor(seq_lens, device=device)
     count = (starts[1:] - starts[:-1])[sequence, None]
     row = first[:, None] + torch.arange(ROW_TILE, device=device)
-    real = row < count * group
-    row = torch.where(real, row, 0)  # padding rows repeat row 0, whose position every tile reaches
+    row = torch.where(
+        row < count * group, row, 0
+    )  # padding rows repeat row 0, whose position every tile reaches
     token = starts[sequence, None] + row // group
     position = lengths[sequence, None] - count + row // group
     heads = q.view(q.shape[0], num_kv_heads, group, -1)
     rows = _by_head(heads[token, :, row % group])
-    where = torch.empty(q.shape[0] * group, dtype=torch.int64, device=device)
-    where[(token * group + row % group)[real]] = real.flatten().nonzero()[:, 0]
-    return rows, sequence, position, where
+    at = {number: place * ROW_TILE for place, number in enumerate(order)}
+    held = [torch.arange(at[n], at[n] + end - first) for n, (_, _, first, end) in enumerate(tiles)]
+    return list(last), sequence, rows, position, torch.cat(held).to(device)

@@ -56,7 +56,10 @@ def quantize(
     layers: list[Layer] = []
     progress = tqdm(total=len(params.layers), desc="Quantizing", unit="layer", disable=not use_tqdm)
     with torch.device("cpu"), progress:  # whatever torch.set_default_device says
-        streams = [embedded(params, ids, torch.arange(len(ids))) for ids in map(torch.tensor, calibration)]
+        streams = [
+            embedded(params, ids, torch.arange(len(ids)), params.inv_freq)
+            for ids in map(torch.tensor, calibration)
+        ]
         for index, (layer, next_norm) in enumerate(layers_with_next_norm(params)):
 
             def quantised(name: str, linear: Linear, inputs: Sequence[Tensor], index: int = index) -> Linear:
