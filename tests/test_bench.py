@@ -213,6 +213,15 @@ class TestCompare:
         assert lines[0] == "folo has stopped; its last lines:"
         assert "LoadError: There is no such path" in lines[-1]
 
+    def test_the_folo_that_is_measured_is_the_one_that_measures(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may run from a checkout, with another one installed."""
+        (tmp_path / "folo.py").write_text("raise ImportError('another folo')")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        with (tmp_path / "log").open("w+b") as log, pytest.raises(PeerError, match="There is no such path"):
+            Worker(OWN, sys.executable, tmp_path / "nowhere", "float32", 1, log)
+
 
 class TestKernels:
     def test_counts_bytes_and_operations(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 _TO_WARM_UP = 64  # prompts: as many as a peer has for it
@@ -9,6 +11,8 @@ _TO_WARM_UP = 64  # prompts: as many as a peer has for it
 
 class _Folo:
     def __init__(self, checkpoint: str, dtype: str, threads: int) -> None:
+        # A script's path begins beside it: without this, another folo would run that is installed, or none.
+        sys.path.insert(0, str(Path(__file__).parents[3]))
         import torch
 
         import folo
