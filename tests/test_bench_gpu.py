@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,18 @@ def test_a_part_that_runs_past_its_limit_is_interrupted_and_says_how_far_it_came
     assert outcome.exit_status is None
     assert "interrupted" in outcome.output
     assert outcome.seconds < 50
+
+
+def test_a_test_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else would tell which it was: the part is killed with all that pytest has to say."""
+    (tmp_path / "test_kernel.py").write_text("import time\ndef test_hangs(): time.sleep(60)")
+    for name, value in {"_HANGING": 1, "_TESTS": str(tmp_path), "_TO_END": 1}.items():
+        monkeypatch.setattr(gpu, name, value)
+    tests = next(part for part in parts(tmp_path) if part.name == "tests")
+    command = tuple("" if word == "cuda" else word for word in tests.command)
+    outcome = run(replace(tests, command=command), 15, tmp_path / "log.txt")
+    assert outcome.exit_status is None
+    assert re.search(r"Timeout \(0:00:01\)!.* in test_hangs", outcome.output, re.DOTALL)
 
 
 def test_the_table_says_how_each_part_ended() -> None:

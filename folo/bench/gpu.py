@@ -33,6 +33,7 @@ _SHAPE = ("--shape", "qwen3-0.6b")
 _TESTS = "tests/test_cuda.py"
 _SECONDS = 530  # for all parts together
 _TO_END = 20  # seconds that a part has when its time is up
+_HANGING = 90  # seconds in one test, after which its stack is printed: no interrupt ends a kernel that hangs
 _TAIL = 6000  # characters of a part's output that are kept
 
 
@@ -67,11 +68,12 @@ def parts(out: Path) -> list[Part]:
     # Most of the tests' time is Triton's, which compiles on one core; a library's warning is no failure here.
     workers = str(min(12, max(2, (os.cpu_count() or 2) - 2)))
     pytest = ("pytest", "-m", "cuda", *(("-n", workers) if find_spec("xdist") else ()), "-W", "default")
+    told = "--tb=short", "-o", f"faulthandler_timeout={_HANGING}"
     sizes = ("--batches", "1", "8", "64", "256", "--contexts", "128", "1024", "8192")
     nano = "--workload", "nano", "--alone", "--repeats", "2"
     gptq = "folo", "bench", "gptq", "--device", "cuda", "--json", str(out / "gptq.json")
     return [
-        Part("tests", (*pytest, "--tb=short", "-p", "no:cacheprovider", _TESTS), 240),
+        Part("tests", (*pytest, *told, "-p", "no:cacheprovider", _TESTS), 240),
         bench("latency", "latency", "--repeats", "3", limit=100),
         bench("graph", "graph", *sizes, limit=180, plot=True),
         bench("nano", "throughput", *nano, limit=180),
