@@ -273,12 +273,12 @@ class LLMEngine:
             return self._done[id]
         finally:
             held = self.state.requests.get(id)
-            unfinished = held is not None and held.request is request
-            if unfinished:
-                self.abort_request(id)
-            if unfinished or id in self._streams:  # else the id is another's: nothing here is ours
+            # Restored, the request is equal, not the same; and one that was just submitted is in no set yet.
+            if id in self._streams or (held is not None and held.request is request):
+                if held is not None:
+                    self.abort_request(id)
                 self._done.pop(id, None)
-            self._streams.discard(id)
+            self._streams.discard(id)  # where the id is another's, nothing else here is ours
 
     def _settled(self, id: str) -> str:
         # Not in the generator, which would hold the sequence, and its blocks, for as long as it is suspended.

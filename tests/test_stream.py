@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,16 @@ class TestStream:
         assert used_blocks(llm) > 0
         stream.close()
         assert used_blocks(llm) == 0
+        assert not llm.has_unfinished_requests()
+        assert not llm.state.requests
+
+    def test_closed_aborts_its_request_in_a_restored_state_too(self, llm: LLM, tmp_path: Path) -> None:
+        stream = llm.stream("the cat", SEEDED)
+        next(stream)
+        folo.save(llm.state, tmp_path / "state")
+        llm.state = folo.restore(llm.params, tmp_path / "state", tokenizer=llm.tokenizer)
+        next(stream)
+        stream.close()
         assert not llm.has_unfinished_requests()
         assert not llm.state.requests
 
