@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         print("folo: error: standard output is closed", file=sys.stderr)
         return _BAD_INPUT
+    if sys.stderr is None:  # closed: what is meant for it is lost, and must not end up among the results
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character loses no more than that
     try:

@@ -350,6 +350,14 @@ class TestEnd:
         assert main(["info", model]) == 2
         assert capsys.readouterr().err == "folo: error: standard output is closed\n"
 
+    def test_closed_errors(self, model: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        monkeypatch.setattr(sys, "stderr", None)  # what Python makes of `folo ... 2>&-`
+        assert main(["generate", "--model", model, "--prompt", "x", "--max-tokens", "3", "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)["token_ids"]) == 3
+        assert main(["info", "/nowhere"]) == 2
+        assert capsys.readouterr().out == ""
+        sys.stderr.close()
+
     def test_closed_pipe(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         assert process.stderr is not None
