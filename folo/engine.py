@@ -272,7 +272,8 @@ class LLMEngine:
                 yield rest
             return self._done[id]
         finally:
-            held = self.state.requests.get(id)
+            # An interrupted step may have finished it, and not collected it.
+            held = self.state.requests.get(id) or self.state.finished.get(id)
             # Restored, the request is equal, not the same; and one that was just submitted is in no set yet.
             if id in self._streams or (held is not None and held.request is request):
                 if held is not None:

@@ -78,6 +78,19 @@ class TestStream:
         assert used_blocks(llm) == 0
         assert not llm.has_unfinished_requests()
 
+    def test_interrupted_as_its_request_ends_leaves_nothing_of_it(
+        self, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm, "_note", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                list(llm.stream("the cat", replace(SEEDED, max_tokens=1)))
+        assert not llm.has_unfinished_requests()
+        assert llm.step() == []
+
     def test_never_begun_leaves_no_trace(self, llm: LLM) -> None:
         llm.stream("the cat", SEEDED).close()
         assert not llm.has_unfinished_requests()
