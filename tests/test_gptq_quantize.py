@@ -261,12 +261,13 @@ class TestBadInput:
         ("calibration", "message"),
         [
             ([], "no calibration sequence"),
+            ([1, 2, 3], "sequence 0 is 1: expected a list of lists"),
             ([[3, 4], []], "sequence 1 has 0 tokens: expected 1 to 256"),
             ([[3] * 257], "sequence 0 has 257 tokens"),
             ([[3, 300]], "sequence 0 has a token beyond the 300 known ones"),
         ],
     )
-    def test_calibration(self, calibration: list[list[int]], message: str, tiny: folo.Params) -> None:
+    def test_calibration(self, calibration: list[Any], message: str, tiny: folo.Params) -> None:
         with pytest.raises(folo.ConfigError, match=message):
             quant.quantize(tiny, calibration)
 

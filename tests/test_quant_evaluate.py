@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoints import tiny_checkpoint
 from engine import prompt
 from transformers import AutoModelForCausalLM
 
 import folo
 from folo import cli, quant
+from folo.quant import command
 
 
 def reference(path: Path, ids: list[int], window: int, stride: int) -> tuple[float, int]:
@@ -120,3 +123,12 @@ class TestCommand:
             assert f"\n{name}" in out
         assert "KL 0.0" in out
         assert "same likeliest token" in out
+
+    def test_the_pace_is_that_of_the_tokens_there_were(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A short model has no room for as many as are asked for."""
+        tiny_checkpoint(tmp_path, "llama", max_position_embeddings=96)
+        clock = SimpleNamespace(perf_counter=iter([1.0, 3.0]).__next__)
+        monkeypatch.setattr(command, "time", clock)
+        assert command._pace(folo.load(tmp_path, use_tqdm=False), [5] * 100) == (96 - 64 - 1) / 2

@@ -160,7 +160,8 @@ def _pace(params: Params, ids: list[int]) -> float:
     while (batch := folo.schedule(state)) is not None:
         state, _ = folo.step(params, state, batch)
         begin = begin or time.perf_counter()
-    return _DECODE_TOKENS / (time.perf_counter() - begin)
+    (output,) = folo.outputs(state)["pace"].outputs
+    return (len(output.token_ids) - 1) / (time.perf_counter() - begin)
 
 
 def _tokens(model: str, file: str) -> list[int]:

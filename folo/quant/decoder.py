@@ -183,6 +183,10 @@ def _check_calibration(params: Params, calibration: Sequence[Sequence[int]]) -> 
     if not calibration:
         raise ConfigError("there is no calibration sequence")
     for number, ids in enumerate(calibration):
+        if not hasattr(ids, "__len__"):
+            raise ConfigError(
+                f"calibration sequence {number} is {ids!r}: expected a list of lists of token ids"
+            )
         if not 0 < len(ids) <= limit:
             raise ConfigError(f"calibration sequence {number} has {len(ids)} tokens: expected 1 to {limit}")
         if not all(0 <= token < vocab_size for token in ids):
