@@ -211,9 +211,8 @@ def _reference_logits(params: Params, inputs: Inputs) -> Tensor:
             "packed weights cannot be differentiated or transformed: folo.load(..., pack=False)"
         )
     config, op = params.config, reference
-    length = len(
-        range(inputs.token_ids.shape[0])
-    )  # a constant to a compiler, not a symbol: it decides the tiles
+    # As a range's length, it is a constant to a compiler, and no symbol: it decides the tiles.
+    length = len(range(inputs.token_ids.shape[0]))
 
     def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:
         norms = layer.q_norm, layer.k_norm

@@ -234,7 +234,7 @@ def attention_of(
     top = position.new_full(position.shape, -torch.inf, dtype=rows.dtype)[:, None].expand(rows.shape[:-1])
     total, acc = torch.zeros_like(rows[..., 0]), torch.zeros_like(rows)
     for start in range(0, last[0] + 1, KV_TILE):
-        n = sum(position >= start for position in last)
+        n = sum(end >= start for end in last)  # tiles stand in descending order of their last position
         keys = torch.arange(start, start + KV_TILE, device=q.device)
         column = (keys // block_size).clamp(max=block_tables.shape[1] - 1)
         inside = keys < lengths
@@ -295,9 +295,8 @@ def _query_tiles(
     starts, lengths = torch.tensor(query_start, device=device), torch.tensor(seq_lens, device=device)
     count = (starts[1:] - starts[:-1])[sequence, None]
     row = first[:, None] + torch.arange(ROW_TILE, device=device)
-    row = torch.where(
-        row < count * group, row, 0
-    )  # padding rows repeat row 0, whose position every tile reaches
+    # Padding rows repeat row 0, whose position every tile reaches.
+    row = torch.where(row < count * group, row, 0)
     token = starts[sequence, None] + row // group
     position = lengths[sequence, None] - count + row // group
     heads = q.view(q.shape[0], num_kv_heads, group, -1)
