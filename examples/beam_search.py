@@ -3,8 +3,8 @@
     python examples/beam_search.py [--model MODEL] [--beams K] [--max-tokens N]
 
 The beams are requests in one state, and one step computes them all. Each that goes on is then forked: the
-child keeps all but the token just sampled, and is forced to take the one that the search chose. Children hold
-their parent's blocks: nothing is computed twice, and only where several write on in one block is it copied.
+child keeps all but the token just sampled, and is forced to take the one that the search chose. Children
+share their parent's blocks: nothing is computed twice; a block is copied only if several write in it.
 In float32 the hypotheses are those of transformers' `generate(num_beams=K)`, token for token.
 """
 
@@ -19,7 +19,7 @@ def beam_search(
 ) -> list[tuple[float, list[int]]]:
     """The best hypotheses, best first: (log-probability / length**length_penalty, token ids)."""
     eos = params.config.eos_token_ids
-    enough = num_beams + len(eos)  # of the likeliest tokens: num_beams that go on are among them
+    enough = num_beams + len(eos)  # likeliest tokens: at least num_beams are not eos
     sampling = folo.SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=enough, ignore_eos=True)
     state = folo.submit(folo.init(params), folo.Request(prompt_ids, sampling, id="0"))
     beams, finished = {"0": (0.0, "", [])}, []

@@ -1,4 +1,4 @@
-"""A seeded experiment: does a majority of samples add better than the likeliest tokens do?
+"""A seeded experiment: is the majority of several samples better at addition than greedy decoding?
 
     python examples/seeded_experiment.py [--model MODEL] [--samples N]
 
@@ -22,7 +22,7 @@ QUESTIONS = [(a, b) for a, b in product(range(2, 10), repeat=2) if a + b < 14]
 
 
 def experiment(llm: folo.LLM, order: list[int], samples: int) -> tuple[list[float], str]:
-    """How many greedy answers, and majorities of samples, are right; and the digest of both."""
+    """The shares of right answers, [greedy, majority of samples], and a digest of all tokens and logprobs."""
     arms = [folo.SamplingParams(temperature=0), folo.SamplingParams(temperature=0.8, n=samples)]
     prompts = [f"{SHOTS}{QUESTIONS[i][0]} + {QUESTIONS[i][1]} =" for i in order]
     shares, digest = [], sha256()

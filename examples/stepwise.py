@@ -2,8 +2,8 @@
 
     python examples/stepwise.py [--model MODEL]
 
-The engine is a value. `step` returns a new state and leaves the old one as it was, so a state that is held
-can be gone on from again and again: what was done from it before does not show.
+The engine is a value. `step` returns a new state and leaves the old one as it was, so you can continue from a
+state that you hold as often as you like, and get the same result each time.
 """
 
 import argparse

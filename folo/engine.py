@@ -104,7 +104,7 @@ class LLMEngine:
         self._submit(self._request(request_id, prompt, sampling_params, priority))
 
     def abort_request(self, request_id: str) -> None:
-        """End a request with finish_reason "abort"; the next `step` hands its output out.
+        """End a request with finish_reason "abort"; the next `step` returns its output.
 
         Raises RequestError if there is no such request.
         """
@@ -118,8 +118,8 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to compute or to hand out."""
-        # What a step in flight ends counts until `step` has landed it; what has finished is in the state only
-        # if that was set from outside.
+        # A request that the step in flight ends counts until `step` lands it. Finished ones are in the state
+        # only if it was set from outside: `_collect` takes them out.
         state = self.state
         left = state.running or state.waiting or state.finished.length
         return bool(left) or not self._done.keys() <= self._streams
@@ -274,7 +274,8 @@ class LLMEngine:
         finally:
             # An interrupted step may have finished it, and not collected it.
             held = self.state.requests.get(id) or self.state.finished.get(id)
-            # Restored, the request is equal, not the same; and one that was just submitted is in no set yet.
+            # By id if the stream is open: after a `restore` the request is equal, not identical. By identity
+            # if an interrupt came between its submission and its entry in `_streams`.
             if id in self._streams or (held is not None and held.request is request):
                 if held is not None:
                     self.abort_request(id)
@@ -287,8 +288,8 @@ class LLMEngine:
 
     @contextmanager
     def _unchanged_on_error(self) -> Iterator[None]:
-        # Neither what is kept for the way back nor this frame may hold blocks: a state that did would pin all
-        # that is cached, and nothing of it could be evicted.
+        # Neither the state that is kept for an error nor this frame may hold blocks: they would pin all that
+        # is cached now, so that evicting it would free nothing.
         begun, known = time.perf_counter(), self.state.in_flight
         self.state = landed(self.state)
         self._note(known, begun)
@@ -300,7 +301,7 @@ class LLMEngine:
             raise
 
     def _advance(self) -> tuple[str, ...]:
-        """One step, if there is anything to run; the request of each token that is known from now on."""
+        """Run one step if there is anything to run; the request id of each token that became known."""
         try:
             return self._stepped()
         except BaseException as error:
@@ -324,7 +325,7 @@ class LLMEngine:
         return known
 
     def _note(self, known: Iterable[str], begun: float) -> None:
-        """Note the time of tokens that are known since a step that was `begun`, given the request of each."""
+        """Record when tokens became known; known: the request id of each, begun: when their step began."""
         now, state = time.perf_counter(), self.state
         for id in known:
             if id in state.requests or id in state.finished:
@@ -348,7 +349,7 @@ class LLMEngine:
         self.state = after
 
     def _unfinished(self, ids: set[str]) -> dict[str, list[Continuation]]:
-        """Sequences of these requests in the queues: of one that got a token and is one sample, it runs."""
+        """The queued sequences of these requests. A single sample that has just got a token is running."""
         state, found = self.state, {id: list[Continuation]() for id in ids}
         several = any(state.held(id).num_samples > 1 for id in ids)
         for sequence in (*state.running, *state.waiting) if several else state.running:

@@ -41,7 +41,7 @@ class Recorder(Protocol):
 
 
 class _OfDevice:
-    """The graphs of a device: one pool of memory, which is that of one stream."""
+    """What a device's graphs share: the stream that captures them, and their memory pool."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
@@ -60,9 +60,9 @@ class CudaGraphs:
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         if (number := torch.cuda.current_device()) not in self._devices:
-            self._devices[number] = _OfDevice()  # torch's own stream for captures is of one device, the first
+            self._devices[number] = _OfDevice()  # torch's capture stream is on one device
         own = self._devices[number]
-        if not own.alive:  # a pool ends with the last of its graphs: torch takes no other into it
+        if not own.alive:  # a pool dies with its last graph, and torch adds no other to it
             own.pool = torch.cuda.graph_pool_handle()
         function()  # kernels are compiled and loaded, which cannot be captured
         graph = torch.cuda.CUDAGraph()
@@ -85,7 +85,7 @@ def _uncollected() -> Iterator[None]:
 
 
 class Kind(NamedTuple):
-    """What a graph was captured for. sampling: whether it goes on to the tokens, else to hidden states."""
+    """What a graph was captured for. sampling: it ends with token ids; otherwise with hidden states."""
 
     width: int  # of the block tables
     sampling: bool
@@ -113,11 +113,11 @@ class Graphs:
     def decode(
         self, params: Params, state: EngineState, inputs: Inputs, previous: Tensor | None, kind: Kind
     ) -> Tensor:
-        """One token more of each sequence: its id, int64 `[S]`, or its hidden states `[S, D]`.
+        """Decode one token of each sequence: ids int64 `[S]` if `kind.sampling`, else hidden states `[S, D]`.
 
         Args:
             inputs: on the host.
-            previous: what `inputs.source` refers to.
+            previous: the ids of the step in flight, int64 `[P]`, which `inputs.source` indexes; None without.
         """
         count, heap = inputs.seq_lens.shape[0], state.heap
         if inputs.copy_source.numel():

@@ -65,7 +65,7 @@ ROWS_PER_TILE = 64  # bounds the memory of float32 logits: 64 rows of the vocabu
 
 @dataclass(frozen=True)
 class Penalties:
-    """Ragged history and bias of the rows of one tile, by the names of `folo.ops.penalize`'s arguments."""
+    """Penalties and biases of a tile's R rows, with H history tokens and B biases: see `ops.penalize`."""
 
     history: Tensor  # int64[H]
     history_start: Tensor  # int64[R + 1]
@@ -113,7 +113,7 @@ class Inputs:
     block_tables: Tensor  # int32[S, B], 0 where a table is shorter
     copy_source: Tensor  # int64[C], blocks to copy before anything is written
     copy_target: Tensor  # int64[C]
-    logits_rows: Tensor | None  # int64[of all tiles], the tokens of which logits are wanted; None: of all
+    logits_rows: Tensor | None  # int64[rows of all tiles, or 1], whose logits are wanted; None: all T
     rows: tuple[Rows, ...]  # what for, in tiles
     source: Tensor | None = None  # int64[T], the row of `Flight.ids` whose token this is, or -1 if known
 

@@ -39,7 +39,7 @@ def table_width(count: int, most: int) -> int:
 
 
 def padded(inputs: Inputs, num_tokens: int, num_seqs: int, width: int) -> Inputs:
-    """`inputs` with so many tokens, sequences and columns of block tables; its rows as they are.
+    """`inputs` padded to `num_tokens`, `num_seqs` and block tables of `width` columns; `rows` stay unpadded.
 
     A padding sequence has one padding token, the last one has all that are left.
     """
@@ -49,7 +49,7 @@ def padded(inputs: Inputs, num_tokens: int, num_seqs: int, width: int) -> Inputs
     assert empty >= min(extra, 1), "padding tokens are of a padding sequence"
     columns = width - inputs.block_tables.shape[1]
     tables = F.pad(inputs.block_tables, (0, columns, 0, empty))
-    if not empty:  # as one sequence that decodes always is: its step is short, and so should this be
+    if not empty:  # always so for a single decoding sequence, whose short step should cost the host little
         return replace(inputs, block_tables=tables)
     starts = tokens + torch.arange(1, empty + 1, dtype=torch.int32, device="cpu").clamp(max=extra)
     starts[-1] = num_tokens
@@ -66,7 +66,7 @@ def padded(inputs: Inputs, num_tokens: int, num_seqs: int, width: int) -> Inputs
 
 
 def padded_rows(tiles: tuple[Rows, ...], count: int, warped: bool, truncated: bool) -> tuple[Rows, ...]:
-    """So many rows of logits, those that are added greedy, none with logprobs or penalties."""
+    """`tiles` padded to `count` rows with greedy ones; all with these flags, no logprobs, no penalties."""
     common: dict[str, Any] = {"penalties": None, "num_logprobs": NO_LOGPROBS}
     common |= {"warped": warped, "truncated": truncated}
     if count == sum(tile.target.shape[0] for tile in tiles):

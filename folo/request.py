@@ -55,17 +55,17 @@ class Request:
 
 
 def require_id(id: Any) -> None:
-    """Raises RequestError for what can be no request's id."""
+    """Raises RequestError unless `id` is a non-empty string."""
     if not isinstance(id, str) or not id:
         raise RequestError(f"request id {id!r} must be a non-empty string")
 
 
 def integers(what: str, ids: Iterable[SupportsIndex]) -> tuple[int, ...]:
     """Token ids as ints. Raises RequestError, about `what`, if they are none."""
-    if isinstance(ids, (bytes, bytearray)):  # whose items are
+    if isinstance(ids, (bytes, bytearray)):  # whose items are ints, too
         raise RequestError(f"{what} must be ints, got {bytes(ids[:40])!r}: encode text with the tokenizer")
     try:
-        # Items of a tensor are such themselves: those of a mask, or of a column, would pass for ints.
+        # A tensor's items are tensors: those of a mask, or of a column, would pass for ints.
         given = tuple(ids.tolist() if isinstance(ids, Tensor) else ids)
         numbers = tuple(map(operator.index, given))
     except TypeError as error:
@@ -92,7 +92,7 @@ class CompletionOutput:
     """One continuation of a prompt.
 
     index: its place among the request's outputs. sample_index: which of the request's samples it is, as
-    `fork` counts them; another number only where best_of chose and sorted them.
+    `fork(sample=...)` takes it; the two differ only where best_of has chosen and sorted samples.
     finish_reason: None while it runs, then "stop", "length" or "abort". stop_reason: the stop
     string or stop token id that ended it. cumulative_logprob: None if no logprobs were computed.
     """

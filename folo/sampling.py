@@ -5,8 +5,8 @@ A transform is `(logits, context) -> logits`; `chain` composes them:
     chain(temperature(0.7), top_k(50), top_p(0.95))(logits)
 
 They are thin: the arithmetic is that of `folo.ops.sampler`, in plain torch, so gradients pass through them.
-The engine's kernels do the same to whole batches, and differ in the last bit of an exponential at most:
-min-p and top-p may part where a token meets their bound to that bit; all else agrees bit for bit.
+The engine's kernels do the same to whole batches. Their exponentials may differ in the last bit, so min-p and
+top-p may decide differently about a token that lies exactly at their bound; all else agrees bit for bit.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def named(name: str, transform: Transform) -> Named:
 
 
 class RowTransform(Protocol):
-    """A `Transform` made here: it takes [..., V] as well, rows of one context, and can go without one."""
+    """A `Transform` of this module: it also takes rows [..., V] of one context, which may be omitted."""
 
     def __call__(self, logits: Tensor, context: Context = _NO_CONTEXT, /) -> Tensor: ...
 
@@ -109,7 +109,8 @@ class SamplingParams:
     max_tokens: most output tokens; None for as many as fit. min_tokens: no stop token
         and no stop string before that many.
     stop: strings that end the output (cut off unless include_stop_str_in_output). Kept as a tuple.
-    stop_token_ids: tokens that end it, besides the model's own end of sequence (see ignore_eos).
+    stop_token_ids: tokens that end it, besides the model's own end of sequence, which ignore_eos disables.
+    detokenize, skip_special_tokens: whether outputs have text, and whether special tokens are left out of it.
     seed: 64 bits; None derives one from the engine's seed and the request's id (`derive_seed`).
     logprobs, prompt_logprobs: how many of the likeliest tokens to report besides the chosen one.
     logprobs_mode: "raw" (the model's distribution) or "processed" (the one that was sampled).
@@ -163,7 +164,7 @@ class SamplingParams:
 
     @property
     def penalizes(self) -> bool:
-        """Whether tokens that occurred have a say in the next one."""
+        """Whether any penalty is on, so that sampling depends on earlier tokens."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     def _set(self, name: str, value: Any) -> None:

@@ -39,7 +39,7 @@ def step(params: Params, state: EngineState, batch: Batch) -> tuple[EngineState,
     Raises:
         StaleBatchError: `batch` was scheduled for another state.
         ParamsMismatchError: `state` belongs to other parameters.
-        RequestError: a request's logits allow no token, or its logits processor returned something else.
+        RequestError: a request's logits allow no token, or its logits processor returned no logits.
         OutOfBlocksError: states that are still held pin the blocks that the step needs.
     """
     return _step(partial(_run, layer_in_heap), True, params, state, batch)
@@ -59,15 +59,15 @@ def compile(step: Step = step, mode: CompileMode = "auto") -> Step:
         batches of 1, 2, 4, 8, 16, 32, 48, ... sequences, and runs the rest compiled. A step returns as
         soon as it is launched, with its tokens still on the device; decodes of the next step do not wait
         for them. Whatever needs the tokens does: `outputs`, `collect`, `save`, `fork`,
-        `has_unfinished`, ... A request that its tokens end has ended once they are known. If a step finds
+        `has_unfinished`, ... A request counts as ended only once its last token is known. If a step finds
         that no token is allowed, the next `schedule` raises its RequestError; all other functions then
-        take the state for the one from before that step.
+        treat the state as the one from before that step.
         "auto" is the fastest: "cudagraph" on CUDA, "eager" on a CPU (`folo bench latency --mode`), where
         the ops leave a compiler nothing to fuse and its guards take time in each layer.
 
     Raises:
-        ConfigError: an unknown mode; another function than `folo.step`; or, when stepping, "cudagraph" with
-            params that are not on CUDA.
+        ConfigError: an unknown mode; `step` is not `folo.step`; or, when stepping, "cudagraph" with params
+            that are not on CUDA.
     """
     if step is not _EAGER:
         raise ConfigError(f"step={step!r}: expected folo.step itself, since its parts are what is compiled")
@@ -101,10 +101,10 @@ def replayed(recorder: Recorder, layer_function: Any) -> Step:
 
 
 Run = Callable[[Params, Bound, Inputs], list[device.Sampled]]
-"""The device function of a step, given its inputs on the host: what each tile of its rows comes to."""
+"""The device function of a step, given its inputs on the host: the ids and scores of each tile of rows."""
 
 
-@torch.inference_mode(False)  # buffers that outlive a step are written to in other modes
+@torch.inference_mode(False)  # what outlives a step must not become an inference tensor
 @torch.no_grad()
 def _step(
     run: Run, wait: bool, params: Params, state: EngineState, batch: Batch
@@ -136,7 +136,7 @@ def epilogue(bound: Bound, sampled: list[device.Sampled], wait: bool = True) -> 
     wait: for the tokens; if not, the state holds the step in flight. Raises RequestError as `step` does.
     """
     batch, rows, copied = bound.batch, bound.batch.rows, download(sampled)
-    # The state that it was scheduled for may hold a flight itself, which would live on in this one.
+    # `origin` may hold a flight of its own, which the new state would keep alive.
     bound = replace(bound, batch=evolve(batch, origin=batch.state, behind=None))
     ids = (
         torch.cat([tile.ids for tile in sampled])
@@ -156,7 +156,7 @@ def _graphed(graphs: Graphs, layer_function: Any) -> Run:
     def run(params: Params, bound: Bound, inputs: Inputs) -> list[device.Sampled]:
         batch, state = bound.batch, bound.batch.state
         widest = -(-state.max_model_len // state.cache.block_size)
-        if not batch.decoding or state.attention == "reference":  # which looks at the device
+        if not batch.decoding or state.attention == "reference":  # it reads lengths on the host: no graph
             return _run(layer_function, params, bound, bucketed(inputs, widest))
         kind = kind_of(inputs, widest)
         if any(has_processors(sequence) for sequence in batch.rows.sequences):
@@ -174,7 +174,7 @@ def _compiled(run: Run) -> Run:
     marked = WeakSet[Params]()
 
     def limited(params: Params, bound: Bound, inputs: Inputs) -> list[device.Sampled]:
-        if params not in marked:  # as symbols, the sizes of weights would take the compiler twice as long
+        if params not in marked:  # with symbolic sizes of weights, compilation takes twice as long
             for weight in pytree.tree_leaves(params):
                 torch._dynamo.mark_static(weight)
             marked.add(params)
@@ -212,7 +212,7 @@ def _sample(params: Params, rows: RowPlan, tiled: tuple[Tensor, Rows], numbers: 
     processed = processed.clone() if own else processed
     for place in own:
         if not (row := rows[numbers[place]]).of_prompt:
-            processed[place] = _transformed(processed[place].clone(), row)  # which may keep what it is given
+            processed[place] = _transformed(processed[place].clone(), row)  # it may keep the clone
     return device.sample(raw, processed, tile)
 
 

@@ -1,4 +1,4 @@
-"""What a step's rows came to: its tokens, and what the state learns of them."""
+"""The results of a step's rows: the tokens that `step` returns, and what the state records of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Tokens:
 
 
 def results_of(copied: Callable[[], Items[Sampled]], rows: RowPlan) -> Results:
-    """What each row came to, once it is `copied` to the host. RequestError: a row found no token."""
+    """The result of each row, once `copied` has it on the host. Raises RequestError if a row has no token."""
     ids: list[int] = []
     scores: list[TokenLogprobs | None] = []
     for tile, numbers in zip(copied(), rows.tiles, strict=True):

@@ -18,7 +18,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def upload(tree: T, device: torch.device) -> T:
-    """A tree of host tensors, on the device."""
+    """A tree of host tensors, on the device; on a CPU the tree itself."""
     return tree if device.type == "cpu" else Fixed(tree, device).tree
 
 
@@ -64,9 +64,9 @@ class Fixed(Generic[T]):
         self.fill(tree)
 
     def fill(self, tree: T) -> T:
-        """Copy host tensors of the same shapes in; returns the device's.
+        """Copy in host tensors of the same shapes and dtypes; returns the tree of device tensors.
 
-        From page-locked memory, which the copy reads later on: torch keeps it until then.
+        The copy does not block; torch keeps the page-locked memory that it reads until it is done.
         """
         cuda = self._buffer.is_cuda
         host = torch.empty(self._buffer.shape, dtype=torch.uint8, device="cpu", pin_memory=cuda)

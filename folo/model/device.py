@@ -53,7 +53,7 @@ def resolve(inputs: Inputs, previous: Tensor) -> None:
 
 
 def tiles_of(hidden: Tensor, tiles: Sequence[Rows]) -> list[tuple[Tensor, Rows]]:
-    """Each tile of rows with its hidden states, of which padding may be behind."""
+    """Each tile of rows with its hidden states; padding at the end of `hidden` is left out."""
     return [(hidden[n * ROWS_PER_TILE :][: tile.target.shape[0]], tile) for n, tile in enumerate(tiles)]
 
 
@@ -78,5 +78,5 @@ def sample(raw: Tensor, processed: Tensor, rows: Rows) -> Sampled:
     if rows.num_logprobs == NO_LOGPROBS:
         return Sampled(ids)
     scored = torch.where(rows.processed[:, None], processed, raw)
-    # A row that allows no token has none to score; who asked for it is told when the ids are looked at.
+    # A row that allows no token (id NO_TOKEN) has none to score; `results_of` raises for it.
     return Sampled(ids, ops.pick_logprobs(scored, ids.clamp(min=0), rows.num_logprobs))

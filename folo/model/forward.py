@@ -22,7 +22,7 @@ from folo.ops.packed import Packed
 # attend(layer, qkv [T, (Hq + 2 Hkv) E], angles [T, E]) -> [T, Hq E]
 Attend = Callable[[Layer, Tensor, Tensor], Tensor]
 
-_FEW_ROWS = 256  # that all layers take in one call; a call with more could not be interrupted for long
+_FEW_ROWS = 256  # tokens, at most, for one call of all layers: no interrupt gets through until it returns
 _BLOCK = 16  # `forward` keeps K and V in blocks too: the attention op knows no other layout
 
 
@@ -56,8 +56,8 @@ def decoder_layer(
 ) -> tuple[Tensor, Tensor]:
     """x (normalised) and residual `[T, D]` -> those of the next layer, whose input norm is `next_norm`.
 
-    wanted: the rows, int64 `[R]`, that go on from attention, if not all do. Behind the last layer, nothing
-    asks for those of a prompt's tokens but one.
+    wanted: the rows, int64 `[R]`, to keep after attention; None: all. For the last layer, whose output is
+    needed only where logits are: of a prompt, usually for one token.
     """
     x = attend(layer, _linear(x, layer.qkv, op), angles)
     if wanted is not None:
@@ -70,7 +70,7 @@ def decoder_layer(
 def logits(params: Params, hidden: Tensor, op: Any = ops) -> Tensor:
     """hidden `[R, D]` -> logits `[R, V]`, float32 (float64 for float64 params) for params of any dtype.
 
-    They are never rounded to that of the params: in bfloat16 one of twenty tokens would tie with another.
+    They are never rounded to the params' dtype: in bfloat16 the top two tie once in twenty tokens.
     """
     head = Linear(params.embed) if params.lm_head is None else params.lm_head
     return op.linear(hidden, head.weight, head.bias, wide=True)
@@ -101,7 +101,7 @@ def layer_in_heap(
     where = slots, block_tables, query_start, seq_lens
     if attention == "cpu" and (own := in_groups([(layer, next_norm)])):
         return ops.decoder_layers(x, residual, angles, *own, *_sizes(config), [k], [v], *where, wanted)
-    # To a compiler these sizes are symbols, unless it is told; what it cannot compare it copies.
+    # Tells a compiler these sizes, symbols to it otherwise: what it cannot prove equal it copies.
     assert x.shape[1] == residual.shape[1] == config.hidden_size
     assert (k.shape[2], angles.shape[1]) == (config.num_kv_heads, config.head_dim)
     eps, scale = config.rms_norm_eps, config.head_dim**-0.5
@@ -179,14 +179,14 @@ def forward(params: Params, token_ids: Tensor) -> Tensor:
     inputs = _one_sequence(token_ids.to(params.device, torch.int64))
     if _differentiated(params):
         return _reference_logits(params, inputs)
-    if torch.compiler.is_compiling():  # it would make code for what the ops call, which rounds otherwise
+    if torch.compiler.is_compiling():  # it would generate code for what the ops call, and round differently
         uncompiled: Any = torch.compiler.disable(_kernel_logits)
         return uncompiled(params, inputs)
     return _kernel_logits(params, inputs)
 
 
 def _kernel_logits(params: Params, inputs: Inputs) -> Tensor:
-    """Of one whole sequence, `[T, V]`, as the engine computes them."""
+    """The logits of one whole sequence, `[T, V]`, as the engine computes them."""
     config = params.config
     require_in_vocabulary(config, int(inputs.token_ids.min()), int(inputs.token_ids.max()))
     shape = config.num_layers, inputs.block_tables.shape[1], _BLOCK, config.num_kv_heads, config.head_dim
@@ -203,7 +203,7 @@ def require_in_vocabulary(config: DecoderConfig, *ids: int) -> None:
 
 
 def _reference_logits(params: Params, inputs: Inputs) -> Tensor:
-    """Of one whole sequence, `[T, V]`, in plain differentiable torch."""
+    """The logits of one whole sequence, `[T, V]`, in plain differentiable torch."""
     if params.quantized:
         raise ConfigError("quantised weights cannot be differentiated or transformed: load the dense model")
     if params.packed:
@@ -211,7 +211,7 @@ def _reference_logits(params: Params, inputs: Inputs) -> Tensor:
             "packed weights cannot be differentiated or transformed: folo.load(..., pack=False)"
         )
     config, op = params.config, reference
-    # As a range's length, it is a constant to a compiler, and no symbol: it decides the tiles.
+    # As the length of a range it is a constant to a compiler, not a symbol: the tiles depend on it.
     length = len(range(inputs.token_ids.shape[0]))
 
     def attend(layer: Layer, qkv: Tensor, angles: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How K and V lie in memory: as those who multiply them read them, so that nobody has to turn them round.
+"""The layout of K and V in memory: as the kernels read them, so that none has to transpose.
 
 On a GPU `k` and `v` are `[..., num_blocks, block_size, num_kv_heads, head_dim]` with head_dim innermost.
 
@@ -44,7 +44,7 @@ def read(k: Tensor, v: Tensor, block: Tensor, slot: Tensor) -> tuple[Tensor, Ten
 
 
 def write(k: Tensor, v: Tensor, block: Tensor, slot: Tensor, new_k: Tensor, new_v: Tensor) -> None:
-    """Put there, in place, what `read` would give."""
+    """Write K and V there, in place, shaped as `read` returns them."""
     if not _paired(k, v):
         k[..., block, slot, :, :], v[..., block, slot, :, :] = new_k, new_v
     else:

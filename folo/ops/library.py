@@ -37,7 +37,7 @@ def _op(
 
 
 def _exactly(implementation: Callable[..., Any], *arguments: Any) -> Any:
-    """In the dtypes of its arguments, whatever torch.autocast would make of the products within."""
+    """Call it in the dtypes of its arguments, even under torch.autocast."""
     with torch._C._DisableAutocast():
         return implementation(*arguments)
 
@@ -77,7 +77,7 @@ _quantized_linear = _op(
     lambda x, codes, scales, zeros, columns, n, bias=None, wide=False: _products(x, n, wide),
 )
 _op("pack(Tensor weight) -> Tensor", pack, pack)
-# No arithmetic; but all that a compiler would have to make code for.
+# No arithmetic, but as plain torch it would be the only thing that a compiler has to generate code for.
 _join = _op(
     "join(Tensor[] parts) -> Tensor",
     lambda parts: torch.cat(parts, 1),
@@ -91,7 +91,7 @@ take_rows = _op(
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, wide: bool = False) -> Tensor:
-    """`reference.linear`, whose weight may be packed, which changes no bit; or quantised, or in parts."""
+    """`reference.linear` for any weight: plain or packed (with the same bits), quantised, or in parts."""
     if isinstance(weight, Packed):
         return _packed_linear(x, *weight.parts, weight.shape[0], bias, wide)
     if isinstance(weight, Quantized):

@@ -11,7 +11,7 @@ plain torch it is kept by using only
   summation, by the shape: so rows go in tiles of ROW_TILE, and in float32 K goes in chunks of
   K_CHUNK, added in order, with N padded to a multiple of N_TILE (below that, kernels for the edge
   depend on the number of threads). Stock bfloat16 products keep the contract where the CPU has
-  bfloat16 instructions; elsewhere they are emulated, do not, and are widened to float32 here.
+  bfloat16 instructions. Elsewhere they are emulated and break it, so here they are widened to float32.
 
 Everything is differentiable and works under torch.func. float64 stays float64 throughout.
 """
@@ -27,9 +27,9 @@ from folo.ops.quantized import placed, stored
 from folo.ops.reduce import row_sum
 
 ROW_TILE = 16  # rows of a matrix product, and query rows of an attention tile
-K_CHUNK = 512
-N_TILE = 64
-N_PART = 8192
+K_CHUNK = 512  # columns of K that one float32 product sums
+N_TILE = 64  # N is padded to a multiple of it
+N_PART = 8192  # rows of a weight that are widened at a time
 KV_TILE = 128  # keys of an attention tile, whatever the block size
 
 
@@ -48,7 +48,7 @@ def _native(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """x `[M, K]` @ weight `[N, K]`.T + bias `[N]` -> `[M, N]` in x's dtype, accumulated in float32.
 
-    wide: the result is not rounded to x's dtype, but as it was accumulated.
+    wide: the result stays in the dtype of accumulation, and is not rounded to x's.
     """
     if wide and x.dtype in (torch.float16, torch.bfloat16):  # a part at a time: widened, a weight is large
         parts = weight.split(N_PART)
@@ -241,7 +241,7 @@ def attention_of(
         block = torch.where(inside, block_tables[:, column].long(), 0)
         offset = torch.where(inside, keys % block_size, 0)
         keys_of, values_of = kv_cache.read(k_cache, v_cache, block, offset)
-        # What lies beyond a sequence's end is of others: masked here so that 0 * it is 0.
+        # Slots beyond a sequence's end may hold anything, even NaN: zeroed, so that 0 * value is 0.
         values_of = torch.where(inside[..., None, None], values_of, 0)
         k_tile = _by_head(keys_of)[tile_sequence[:n]]
         v_tile = _by_head(values_of)[tile_sequence[:n]]

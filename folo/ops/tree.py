@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 
 def register(cls: type, context: tuple[str, ...] = ()) -> None:
-    """Make a node of `cls`: its children are its fields, but for those of `context`, which every tree keeps.
+    """Register `cls` as a node: its fields are children, except `context`, which every tree keeps.
 
     A field that is None is context too: torch's pytree would call it a leaf, which
     `tree_map(torch.Tensor.double, params)` and `torch.func.grad` would then trip over.

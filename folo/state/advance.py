@@ -113,13 +113,13 @@ def _index(
 ) -> tuple[BlockTable, Pool]:
     """Enter the blocks that became full into the prefix index.
 
-    Where the index has the same content already, the table takes the indexed block instead of its
-    own, if it shares that with no other: the bits are the same.
+    Where the index has the same content already, the table takes the indexed block in place of its
+    own, provided that no other table goes through its own: the bits are the same.
     """
     blocks, swapped = list(table.blocks), False
     for number in range(start // size, min(end // size, len(sequence.digests))):
         if number and not pool.cached(blocks[number - 1]):
-            break  # what follows a block that stayed out, as below, stays out: it has one predecessor
+            break  # its predecessor was left out (below), so it is too: a block has one predecessor
         digest = sequence.digests[number]
         parent = sequence.digests[number - 1] if number else ROOT
         token_ids = sequence.tokens[number * size : (number + 1) * size]
@@ -129,7 +129,7 @@ def _index(
             pool = pool.insert(mine, mine.content)
         elif known is not mine:
             if pool.lookup(digest, parent, token_ids) is None:
-                break  # another content of the same digest: that one stays
+                break  # a collision, other content under the same digest: the indexed block stays
             if any(block.index in pool.branches for block in blocks[number:]):
                 break  # another table goes through here: a block has one predecessor
             pool = pool.hold([*blocks[:number], known]).release(blocks[: number + 1])

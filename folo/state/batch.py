@@ -26,8 +26,8 @@ class Shared:
 class Scheduled(NamedTuple):
     """A sequence's part in a batch: its tokens from `start` up to `end` are computed.
 
-    admitted: it comes from the waiting queue. reused: if so, the blocks that hold its first `start` tokens:
-    prefix `hits`, or those of a sibling.
+    admitted: it comes from the waiting queue. The rest is for admitted ones only. reused: the blocks that
+    hold its first `start` tokens. hits: they were looked up in the prefix index, not taken from a sibling.
     """
 
     sequence: Sequence
@@ -92,9 +92,10 @@ class RowPlan:
 class Batch:
     """A plan for one step of `origin`, and of no other. Dropping it undoes nothing: nothing was done.
 
-    state: `origin`, or what it is once its step in flight has landed, or as it is foreseen before that.
-    behind: that step, if the batch does not know its tokens.
-    decoding: nothing but decodes is scheduled, so every sequence computes its last token.
+    state: what the plan was made on: `origin` without a step in flight; if it has one, `origin` after that
+        step has landed, or as foreseen before that.
+    behind: the step in flight, if the plan was made on a foreseen state, without knowing its tokens.
+    decoding: nothing but decodes is scheduled: each sequence computes its last token only.
     """
 
     state: EngineState

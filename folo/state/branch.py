@@ -31,8 +31,8 @@ def fork(
     """New requests that begin as copies of one sample of a request; that one stays as it is.
 
     A child shares its parent's blocks; nothing is copied until one of them writes where the other
-    reads, and then at most one block. It has the parent's sampling parameters, with n = 1; what they
-    count (max_tokens, min_tokens, penalties) they go on counting.
+    reads, and then at most one block. It has the parent's sampling parameters, with n = 1; max_tokens,
+    min_tokens and penalties count the output that it inherits.
 
     Args:
         id: the parent, whether it waits, runs or has finished.
@@ -41,7 +41,7 @@ def fork(
         keep: how many of its tokens a child keeps, the prompt's included; None: all.
         append: token ids that are forced to follow: one list for all children, or a list for each.
             They are output tokens; they stop nothing, and have logprobs where the request wants them.
-        seeds: one for each child; None, for one or all: the parent's random stream goes on.
+        seeds: one for each child; None (for one child, or for all): continue the parent's random stream.
 
     Raises:
         RequestError: no such request or sample; an id that is taken; a `keep` that is not between
@@ -168,7 +168,7 @@ def _ids(state: EngineState, what: str, token_ids: Items[int]) -> list[int]:
 
 def _forced(state: EngineState, id: str, append: Any, count: int) -> list[list[int]]:
     what = f"fork of {id!r}"
-    # Items of a tensor or an array are such themselves, and look like lists.
+    # The items of a tensor or an array are tensors or arrays, which would pass for lists.
     append = () if append is None else append.tolist() if hasattr(append, "tolist") else append
     if isinstance(append, bytes | bytearray):  # whose items are ints
         return [_ids(state, what, append)] * count
@@ -276,7 +276,7 @@ def _scored(sequence: Sequence, parent: Sequence, position: int) -> Sequence:
 
 
 def _caught_up(state: EngineState, sequence: Sequence) -> Sequence:
-    """With as much of the table as the tokens allow: what has to be computed again is left out."""
+    """The sequence with only the K and V that it may reuse: the rest of its table is dropped."""
     computed = min(sequence.num_computed, sequence.reusable)
     if not computed:
         return sequence.vacate()

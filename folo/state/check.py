@@ -98,7 +98,7 @@ def _check_pool(state: EngineState) -> None:
     inverse = {stamp: i for i, stamp in pool.idle.items()}
     released = {stamp: block.index for stamp, block in pool.released.items()}
     _require(released == inverse, "the order of eviction differs from the idle blocks")
-    _require(all(pool.oldest <= stamp < pool.clock for stamp in inverse), "an idle block is out of time")
+    _require(all(pool.oldest <= stamp < pool.clock for stamp in inverse), "a stamp is out of range")
     _require(pool.used + len(pool.idle) <= pool.capacity, "more blocks are held than the pool has")
 
 
@@ -107,7 +107,7 @@ def _check_index(state: EngineState, objects: dict[int, Block]) -> None:
     for digest, block in index.items():
         content = block.content
         _require(objects.setdefault(block.index, block) is block, f"two objects stand for {block}")
-        _require(content is not None and content.digest == digest, f"{block} is indexed as what it is not")
+        _require(content is not None and content.digest == digest, f"{block} is indexed under a wrong digest")
         _require(block.claimed == state.cache.block_size, f"{block} is indexed, but not full")
         parent = ROOT if content is None else content.parent
         _require(parent == ROOT or parent in index, f"the parent of {block} was evicted first")

@@ -46,8 +46,8 @@ class Counters:
 
     steps: int = 0
     preemptions: int = 0  # of sequences
-    prefix_queries: int = 0  # tokens that were looked up
-    prefix_hits: int = 0  # tokens
+    prefix_queries: int = 0  # tokens that were looked up in the prefix index
+    prefix_hits: int = 0  # those of them that were found
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ class EngineState:
 
     @property
     def in_flight(self) -> tuple[str, ...]:
-        """The request of each token of the step in flight."""
+        """The request id of each token that the step in flight samples; empty without one."""
         if self.flight is None:
             return ()
         rows = self.flight.bound.batch.rows
@@ -124,7 +124,7 @@ class EngineState:
         return [*used.values(), *(block for _, block in sorted(self.pool.released.items()))]
 
     def filled(self) -> dict[int, int]:
-        """How many slots hold a token, of each block that a table holds, by its index."""
+        """For each block in a table, by block index: how many of its slots hold a token."""
         size, filled = self.cache.block_size, dict[int, int]()
         for sequence in self.running:
             for number, block in enumerate(sequence.table.blocks):
@@ -153,9 +153,9 @@ def init(
             independent of what else runs.
 
     Raises:
-        ConfigError: the seed is out of range; no Params, or a configuration of another type; the heap would
-            hold no block, or takes more memory than there is; max_model_len exceeds the model or the heap;
-            the attention backend cannot be had.
+        ConfigError: the seed is out of range; `params` is not a Params, or a configuration has the wrong
+            type; the heap would hold no block, or needs more memory than there is; max_model_len exceeds
+            the model or the heap; the attention backend is unavailable, or `deterministic` refuses it.
     """
     require_params(params)
     seed = require_seed(seed)
@@ -210,14 +210,14 @@ def init(
 
 
 def require_params(params: Any) -> None:
-    """Raises ConfigError for what is no Params."""
-    # The state never imports the model; and to ask params themselves would read all weights.
+    """Raises ConfigError unless `params` is a Params."""
+    # No isinstance: `state` never imports `model`. On the type: the value would compute it from all weights.
     if not hasattr(type(params), "fingerprint"):
         raise ConfigError(f"params={params!r}: expected what folo.load returns")
 
 
 def require_state(state: Any) -> None:
-    """Raises ConfigError for what is no EngineState."""
+    """Raises ConfigError unless `state` is an EngineState."""
     if not isinstance(state, EngineState):
         raise ConfigError(
             f"state={state!r}: expected an EngineState; folo.init makes one, and folo.step and folo.collect "
@@ -239,7 +239,7 @@ def margin(cache: CacheConfig, scheduler: SchedulerConfig, device: torch.device)
 def longest_sequence(
     config: DecoderConfig, cache: CacheConfig, scheduler: SchedulerConfig, num_blocks: int
 ) -> int:
-    """max_model_len, or what model and heap allow. Raises ConfigError if they allow less."""
+    """max_model_len in tokens; if None, the most that model and heap allow. ConfigError if it is more."""
     capacity, longest = num_blocks * cache.block_size, scheduler.max_model_len
     if longest is None:
         return min(config.max_position_embeddings, capacity)

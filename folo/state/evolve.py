@@ -22,7 +22,7 @@ def evolve(value: T, **changes: Any) -> T:
 
 
 def draft(value: T) -> tuple[T, dict[str, Any]]:
-    """A copy of a value, and its fields to be changed before anyone else sees it."""
+    """A copy of a value, and its `__dict__`, to be changed only before the copy is shared."""
     copy = _new(type(value))
     fields = value.__dict__.copy()
     _set(copy, "__dict__", fields)

@@ -1,10 +1,10 @@
-"""A step in flight: launched, and perhaps still running on the device, when its state is used already.
+"""A step in flight: launched, and perhaps still running on the device while its state is already in use.
 
-The tokens of such a step are known to the device alone. Its state is the one that it was launched from, with
-the flight beside it; all that depends on the tokens lands the flight first, which waits for them. What does
-not wait is the next step, as long as it only decodes: it is planned on the state that is foreseen, in which
-the tokens are UNRESOLVED, launched, and only then seen from the state that has them. So the host works on a
-step while the device works on the one before:
+Only the device knows the tokens of such a step. The state that it returns is the one that it was launched
+from, with a Flight beside it. Whatever needs the tokens lands the flight first, which waits for them. The
+next step does not wait as long as it only decodes: it is planned on the foreseen state, whose new tokens are
+UNRESOLVED, and launched; only then does the flight land, and the new step become one of the landed state
+(`seen_from`). So the host works on a step while the device works on the one before:
 
     host     launch 1 | plan 2 on foreseen, launch 2 | land 1 | plan 3 on foreseen, launch 3 | land 2 | ...
     device            [--------- step 1 ---------][--------- step 2 ---------][--------- step 3 ...
@@ -32,9 +32,9 @@ from folo.state.sequence import BlockTable
 class Flight:
     """A step that was launched from the state that holds it.
 
-    ids: what all rows of the launch came to, int64, on the device (empty, on the host, if it had no rows);
-        `places` are those of its rows in it.
-    fetch: waits for the results of all rows of the launch, in the order of `ids`. May be called again.
+    ids: the token of every row that was launched, int64, on the device (empty, on the host, if none was).
+    places: where in `ids` the rows of this flight are; surplus rows have been left out (`seen_from`).
+    fetch: waits for the results of all rows that were launched, in the order of `ids`. May be called again.
 
     Raises:
         RequestError: (fetch) a request's logits allow no token.
@@ -47,14 +47,14 @@ class Flight:
 
     @property
     def results(self) -> Results:
-        """Of its own rows."""
+        """The results of this flight's own rows, for which it waits."""
         found = self.fetch()
         if len(self.places) == len(found.ids):  # all of them, in order
             return found
         return Results([found.ids[n] for n in self.places], [found.scores[n] for n in self.places])
 
     def seen_from(self, state: EngineState) -> Flight:
-        """The flight as a step of `state`, whose tokens were foreseen when it was launched.
+        """The flight as a step of `state`, which was only foreseen when it was launched.
 
         Sequences that have ended with those tokens are surplus: their rows are left out, their new blocks
         given up.
@@ -93,9 +93,10 @@ def landed(state: EngineState) -> EngineState:
 
 
 def landed_or_before(state: EngineState) -> EngineState:
-    """`landed`; where that raises, the state from before the flight, which can be stepped again.
+    """`landed`, or, where that raises, the state from before the flight, which can be stepped again.
 
-    What reads or changes a state takes this one, as after an error of an eager step: `schedule` tells of it.
+    Functions that read or change a state use this one, so they see what an eager step that raised would have
+    left; `schedule` raises the error.
     """
     try:
         return landed(state)
@@ -104,7 +105,7 @@ def landed_or_before(state: EngineState) -> EngineState:
 
 
 def foreseen(state: EngineState) -> EngineState | None:
-    """The state after its flight but for the tokens; None if the next step's plan depends on them."""
+    """The state after its flight with UNRESOLVED tokens; None without one, or if a plan needs the tokens."""
     require_state(state)
     flight = state.flight
     if flight is None or not flight.bound.batch.decoding:

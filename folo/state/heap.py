@@ -16,7 +16,7 @@ from folo.ops import kv_cache
 
 
 class Content(NamedTuple):
-    """What a full block holds the K and V of: these tokens, after the blocks that `parent` stands for."""
+    """The content of a full block: K and V of `token_ids`, preceded by the block with digest `parent`."""
 
     digest: bytes
     parent: bytes
@@ -56,11 +56,12 @@ class KVHeap:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        with torch.inference_mode(False):  # whoever makes it, others write to it in other modes
+        with torch.inference_mode(False):  # an inference tensor could not be written outside that mode
             self.k, self.v = kv_cache.zeros(shape, dtype, device)
         self.num_blocks = shape[1]
-        # Last in, first out: warm blocks are reused. A dict (of which only the keys count), since a block's
-        # index can be put back into it by C alone: an interrupt in a __del__ would lose the block.
+        # Last in, first out: warm blocks are reused. A dict used as a stack (only its keys count): a dead
+        # block's weakref callback puts its index back by C code alone, whereas an interrupt in a Python
+        # __del__ would lose the block.
         self._free: dict[int, Any] = dict.fromkeys(range(shape[1] - 1, -1, -1))
         self._alive: dict[int, ref[Block]] = {}
 
@@ -69,7 +70,7 @@ class KVHeap:
         return len(self._free)
 
     def allocate(self) -> Block:
-        """A free block. Raises OutOfBlocksError when some state refers to each of them."""
+        """A free block. Raises OutOfBlocksError if every block is referred to by something."""
         if not self._free:
             gc.collect()  # states can hang in reference cycles: a traceback and its frames, for one
         taken: dict[int, Any] = {}
@@ -86,7 +87,8 @@ class KVHeap:
             raise OutOfBlocksError(f"all {self.num_blocks} blocks of the KV heap are in use") from None
         finally:
             if taken:
-                # The interrupt's traceback may hold the block: when it lets go, the index may be another's.
+                # The interrupt's traceback may hold the Block: forget its weakref, or its late death would
+                # free an index that another Block has by then.
                 for index in taken:
                     self._alive.pop(index, None)
                 self._free.update(taken)
@@ -108,7 +110,7 @@ class KVHeap:
         return kv_cache.read(self.k, self.v, *self._slots(blocks))
 
     def write(self, blocks: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put there what `read` gave."""
+        """Write K and V of whole blocks, shaped as `read` returns them."""
         kv_cache.write(self.k, self.v, *self._slots(blocks), k, v)
 
     def _slots(self, blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ def _put(values: Any, dtype: type) -> Tensor:
 
 
 def _token_ids(scheduled: Items[Scheduled], count: int, source: list[int] | None) -> list[int]:
-    if source is not None:  # decodes, of tokens that the device fills in where it alone knows them
+    if source is not None:  # all decodes; a token that only the device knows is 0 here and filled in there
         pairs = zip(source, scheduled, strict=True)
         return [item.sequence.tokens[item.start] if place < 0 else 0 for place, item in pairs]
     if count == len(scheduled):

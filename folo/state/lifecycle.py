@@ -28,8 +28,9 @@ def submit(state: EngineState, request: Request) -> EngineState:
     """The state with the request's sequences, n or best_of of them, in the waiting queue.
 
     Raises:
-        RequestError: a duplicate id; a prompt that leaves no room under max_model_len; token ids
-            outside the vocabulary; stop strings without a tokenizer.
+        RequestError: not a Request; a duplicate id; a prompt that leaves no room under max_model_len; token
+            ids outside the vocabulary, or more logprobs than it has tokens; a logit_bias that bans every
+            token; stop strings without a tokenizer.
     """
     require_state(state)
     if not isinstance(request, Request):
@@ -67,7 +68,7 @@ def origin_of(
     stream: int,
     lineage: tuple[tuple[str, int, int], ...] = (),
 ) -> Origin:
-    """What the state's limits and the request's parameters make of one of its samples."""
+    """The Origin of one sample, from the request's parameters and the state's limits."""
     params = request.sampling
     config, stop_ids = state.params.config, set(params.stop_token_ids or ())
     if not params.ignore_eos:
@@ -103,7 +104,7 @@ def digests_of(state: EngineState, request: Request, tokens: Log[int], known: Lo
 
 
 def text_before(state: EngineState, request: Request) -> TextState | None:
-    """What the text of an output begins with; None where no stop string needs the text at every step."""
+    """The TextState before the first output token; None without stop strings, which need it at every step."""
     params = request.sampling
     if not params.stop:
         return None
@@ -211,6 +212,6 @@ def collect(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:
 
 
 def collect_known(state: EngineState) -> tuple[EngineState, dict[str, RequestOutput]]:
-    """`collect`, of those that are known to have finished: it waits for no step in flight."""
+    """`collect` without waiting for a step in flight: only requests already known to have finished."""
     done = sorted((held for _, held in state.finished.items()), key=lambda held: held.arrival)
     return evolve(state, finished=Map()), {held.request.id: output_of(state, held) for held in done}

@@ -30,7 +30,7 @@ class Log(Generic[T]):
         if len(items) != self.length:
             items = items[: self.length]
         items.append(item)
-        log = _new(Log)  # as `_version`, which is called for every token of every step
+        log = _new(Log)  # `_version` inlined: this runs for every token of every step
         log._items = items
         log.length = self.length + 1
         return log
@@ -43,11 +43,11 @@ class Log(Generic[T]):
         return _version(items, len(items))
 
     def longer(self) -> Log[T]:
-        """With one item more, which nobody knows yet and nobody may read."""
+        """One item longer; that item is not known yet and must not be read."""
         return _version(self._items, self.length + 1)
 
     def continued_by(self, other: Log[T]) -> bool:
-        """Whether `other` is known to begin with these items, since both are of one list: O(1)."""
+        """Whether `other` is a version of the same list and as long at least, so begins with this: O(1)."""
         return self._items is other._items and self.length <= other.length
 
     def first(self, length: int) -> Log[T]:

@@ -53,7 +53,7 @@ def output_of(
 ) -> RequestOutput:
     """One request's output, given those of its sequences that stand in the queues.
 
-    text, token_text: stand in for `text_of` and `token_text_of` where a caller remembers much of it.
+    text, token_text: replacements for `text_of` and `token_text_of`, for a caller that caches text.
     """
     request = held.request
     sequences = sorted((*held.ended, *unfinished), key=lambda s: s.origin.sample)
@@ -79,7 +79,7 @@ def output_of(
 
 
 def _merit(sequence: Sequence) -> tuple[bool, bool, float, int]:
-    """What best_of sorts by. A sample that was cut short lost fewer logprobs: it comes last, before none."""
+    """The sort key of best_of. An aborted sample summed fewer logprobs: only empty ones rank below it."""
     cut = sequence.finish_reason == "abort"
     return not sequence.num_output, cut, -sequence.cumulative_logprob, sequence.origin.sample
 

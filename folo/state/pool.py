@@ -25,7 +25,7 @@ def block_digest(parent: bytes, token_ids: list[int], salt: str) -> bytes:
 
 
 def extend_digests(digests: Log[bytes], tokens: Log[int], block_size: int, salt: str) -> Log[bytes]:
-    """The content addresses of all full blocks of `tokens`, of which some are there already."""
+    """The content addresses of all full blocks of `tokens`; `digests` has those of the first ones."""
     for number in range(len(digests), len(tokens) // block_size):
         parent = digests[number - 1] if number else ROOT
         ids = tokens[number * block_size : (number + 1) * block_size]
@@ -40,11 +40,11 @@ class Pool:
     A block is *used* while a block table holds it, *idle* while only the prefix index does; idle
     ones are evicted when used + idle exceeds `capacity`.
 
-    Tables that share blocks share them from the first on: together they are a tree, in which every
-    used block has one predecessor. So who holds a block is counted where ways part, and nowhere
-    else: `branches` has, for a block from which more than one way goes on, how many do. A way is a
-    block that follows in some table, or the end of a table. Sharing a table of any length is one
-    count at its end. Here are the tables of blocks 0 1 2, 0 1 3 and 0 1:
+    Tables that share blocks share a prefix: together they form a tree, in which every used block has
+    one predecessor. So sharing is counted only where ways part: `branches` maps a block with more than
+    one way on to the number of them, where a way on is a block that follows in some table, or the end
+    of a table. Sharing a table of any length is one count at its end. Here are the tables of blocks
+    0 1 2, 0 1 3 and 0 1:
 
         0 -- 1 -+- 2        used = 4, branches = {1: 3}
                 +- 3        a fourth that ends after 1 (`hold`): {1: 4}
@@ -55,10 +55,10 @@ class Pool:
     used: int = 0
     branches: Map[int, int] = field(default_factory=Map)  # block index -> ways on, if more than one
     index: Map[bytes, Block] = field(default_factory=Map)  # digest -> full, computed block
-    idle: Map[int, int] = field(default_factory=Map)  # block index -> when it was released
-    released: Map[int, Block] = field(default_factory=Map)  # the inverse, for eviction in that order
-    oldest: int = 0  # no idle block was released before this
-    clock: int = 0
+    idle: Map[int, int] = field(default_factory=Map)  # block index -> stamp: when it was released
+    released: Map[int, Block] = field(default_factory=Map)  # stamp -> block, for eviction in that order
+    oldest: int = 0  # no stamp of an idle block is below this
+    clock: int = 0  # the next stamp
 
     @property
     def available(self) -> int:
@@ -86,13 +86,13 @@ class Pool:
         return evolve(self, used=self.used + count)
 
     def hold(self, blocks: Items[Block]) -> Pool:
-        """One more table consists of these blocks, all of which this pool knows."""
+        """Account for one more table of these blocks, each of them used or idle."""
         used, idle, released = self.used, self.idle, self.released
         branches = self.branches
         for block in reversed(blocks):
             i = block.index
             stamp = idle.get(i)
-            if stamp is None:  # in use, and so is all that it follows
+            if stamp is None:  # used, and so are all blocks before it
                 branches = branches.set(i, (branches.get(i) or 1) + 1)
                 break
             idle, released, used = idle.delete(i), released.delete(stamp), used + 1
@@ -100,9 +100,9 @@ class Pool:
         return evolve(self, used=used, branches=branches, idle=idle, released=released, oldest=oldest)
 
     def release(self, blocks: Items[Block]) -> Pool:
-        """One table less consists of these blocks. What nothing else holds is idle if cached, else gone.
+        """Account for one table less of these blocks. What no other table holds is idle if cached, else gone.
 
-        The last block goes first: so of idle blocks, one that follows another is older.
+        The last block is released first, so that it is evicted before the blocks that it follows.
         """
         used, idle, released, clock = self.used, self.idle, self.released, self.clock
         branches = self.branches

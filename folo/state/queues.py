@@ -11,7 +11,7 @@ from folo.state.sequence import Sequence
 
 
 def queued(state: EngineState, queue: Iterable[Sequence], new: Iterable[Sequence]) -> tuple[Sequence, ...]:
-    """A queue with new sequences at the places of their rank."""
+    """`queue` with the `new` sequences inserted in order of `EngineState.rank`."""
     if not (new := tuple(new)):  # as in nearly all decode steps, and the queue may be long
         return tuple(queue)
     merged = list(queue)
@@ -21,7 +21,7 @@ def queued(state: EngineState, queue: Iterable[Sequence], new: Iterable[Sequence
 
 
 def settle(state: EngineState, ended: Iterable[Sequence]) -> EngineState:
-    """The state with these sequences, which have ended, among those of their requests."""
+    """Move ended sequences to their requests, and requests whose sequences have all ended to `finished`."""
     requests, finished = state.requests, state.finished
     for sequence in ended:
         held = requests[sequence.id]

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 def rebind(state: EngineState, params: Params) -> EngineState:
     """The same requests and tokens over other weights: all K and V are dropped and computed again.
 
-    Tokens that were sampled keep the logprobs that they were sampled with. Prompts that are still
-    without output are scored by the new weights alone, and so is what a fork or `extend` makes a prompt
-    afterwards, or forces. The old state stays with the old weights.
+    Tokens that were sampled keep the logprobs that they were sampled with. The new weights alone score
+    prompts without output yet and, later, the prompt of a fork that keeps nothing else, tokens that a
+    fork forces, and what `extend` turns into a prompt. The old state stays with the old weights.
 
     Raises:
         ParamsMismatchError: the weights are of another architecture, dtype or device.
-        ConfigError: no Params.
+        ConfigError: `params` is not a Params.
     """
     require_params(params)
     state = landed_or_before(state)

@@ -48,13 +48,14 @@ def restore(
         cache: another heap. In a smaller one, cached blocks are dropped, then sequences preempted; no
             sequence can be longer than it.
         transforms: the logits processors that its requests refer to, by name.
-        recompute: drop all K and V, which are computed again here: on another instruction set or
-            backend (where the bits may differ from there on), or with another block size.
+        recompute: drop all K and V and compute them again here: needed with another instruction set,
+            backend or build (the bits may differ from there on), or with another block size.
         tokenizer: as for `folo.init`.
 
     Raises:
         RestoreError: the file is missing, truncated, altered or of an unknown version; it was written
-            under another instruction set, backend or torch; something that it needs was not given.
+            under another instruction set, backend, torch or kernel build; a tokenizer or transform that it
+            needs was not given; `cache` has another block size, or a heap too small for a sequence.
         ParamsMismatchError: it was saved with other weights.
         ConfigError: see `folo.init`; `transforms` is no mapping.
     """
@@ -73,7 +74,7 @@ def restore(
             f"block_size={cache.block_size}, but the K and V of {path} lie in blocks of {saved.block_size}; "
             f"keep that, or give recompute=True"
         )
-    # The backend it was made with. One that breaks invariance was consented to then, and is not refused now.
+    # The backend that it was made with: one that may break invariance was accepted then, so it is again now.
     attention = "auto" if recompute else metadata.get("attention", "auto")
     longest = scheduler.max_model_len
     scheduler = replace(scheduler, max_model_len=None)  # this heap may hold less
@@ -95,7 +96,7 @@ def restore(
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file that is what it was when it was written."""
+    """The metadata and tensors of a file, checked against its SHA-256. Raises RestoreError."""
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
@@ -125,7 +126,7 @@ def _compare(params: Params, metadata: Mapping[str, str], path: object, recomput
         if saved != value and not recompute:
             raise RestoreError(
                 f"{path} was saved under {name.replace('_', ' ')} {saved!r}, this is {value!r}: "
-                f"its K and V may differ in the last bits; recompute=True goes on with the bits of this one"
+                f"its K and V may differ in the last bits; recompute=True computes them again here"
             )
 
 

@@ -45,7 +45,7 @@ _HOST = torch.device("cpu")  # whatever the caller's default device is
 
 
 def save(state: EngineState, path: str | os.PathLike[str]) -> None:
-    """Write a state to a file, atomically: under this name stands the old file, or the whole new one.
+    """Write a state to `path`, atomically: the file there is always the old one, or the whole new one.
 
     The weights are not in it, nor is the tokenizer. Equal states give equal tensors and SHA-256.
 
@@ -53,10 +53,10 @@ def save(state: EngineState, path: str | os.PathLike[str]) -> None:
         RequestError: a request has a logits processor without a name (`folo.sampling.named`).
         OSError: the file cannot be written; nothing is left behind.
     """
-    state, path = landed_or_before(state), Path(os.path.realpath(path))  # a link's end is what is replaced
+    state, path = landed_or_before(state), Path(os.path.realpath(path))  # a link's target is replaced
     if not path.name or (path.exists() and not path.is_file()):  # a rename would replace a device, say
         raise OSError(f"{path} is no regular file: give the name of one, or a new name")
-    if not path.parent.is_dir():  # found out before all K and V are gathered, and told of this name
+    if not path.parent.is_dir():  # before K and V are gathered, and with this name in the message
         raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no directory; make it first")
     tensors = _tensors(state)
     metadata = {

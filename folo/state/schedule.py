@@ -70,7 +70,7 @@ class _Trial:
         self.running: dict[str, list[Sequence]] = {}  # by request, once anyone asks
         self.places: dict[str, list[int]] = {}  # in the batch, by request: of the first `num_placed`
         self.num_placed = 0
-        self.promised = 0  # blocks set aside: what those ahead need to catch up with their tokens
+        self.promised = 0  # blocks set aside for sequences ahead, for the rest of their tokens
 
     def lacks(self, sequence: Sequence, end: int) -> int:
         """Blocks that a sequence computed up to `end` needs for the rest of its tokens."""
@@ -123,7 +123,7 @@ class _Trial:
         return end
 
     def admit(self, sequence: Sequence) -> bool:
-        """Schedule the first chunk of a waiting sequence; False: neither it nor any after it, for now."""
+        """Schedule the first chunk of a waiting sequence; False if nothing more can be admitted for now."""
         if not self.budget or self.num_running >= self.state.scheduler.max_num_seqs:
             return False
         sibling = self._sibling(sequence)
@@ -132,7 +132,7 @@ class _Trial:
         start, blocks = self._hits(sequence) if sibling is None else sibling
         # Blocks that this batch computes are counted with their donor.
         pool = self.pool.hold([block for block in blocks if isinstance(block, Block)])
-        # Room for all of it: to admit what cannot be finished would only be to preempt it again.
+        # It must have room for all its tokens: admitted without, it would only be preempted again.
         length = sequence.tokens.length
         fresh = self._num_blocks(length) - len(blocks) + bool(start % self.block_size)
         if fresh > pool.available - self.promised:
@@ -153,7 +153,7 @@ class _Trial:
         return min(remaining, self.budget, longest or remaining)
 
     def _room(self, sequence: Sequence) -> int:
-        """How many tokens more of a running sequence there are slots for."""
+        """How many more tokens of a running sequence there are slots for."""
         blocks, available = sequence.table.blocks, max(0, self.pool.available - self.promised)
         slack = len(blocks) * self.block_size - sequence.num_computed
         if slack and self.pool.shared(blocks[-1]):
@@ -186,7 +186,7 @@ class _Trial:
         return None
 
     def _hits(self, sequence: Sequence) -> Reuse:
-        """The longest chain of full blocks, cached or coming, that leaves tokens whose logits are wanted."""
+        """Its longest chain of full blocks, cached or coming, short of tokens whose logits are wanted."""
         size, parent = self.block_size, ROOT
         blocks: list[Block | Shared] = []
         for number in range(min(len(sequence.digests), sequence.reusable // size)):

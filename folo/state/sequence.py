@@ -37,7 +37,10 @@ class BlockTable:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """One scored position: the token's own logprob and rank, and the most likely ones."""
+    """One scored position: the token's own logprob and rank (1: the likeliest), and the likeliest tokens.
+
+    top_ids, top_logprobs: as many as the request asked for, likeliest first.
+    """
 
     logprob: float
     rank: int
@@ -66,15 +69,18 @@ class Origin:
     stop_ids: frozenset[int]  # end-of-sequence included, unless ignored
     num_prompt: int
     max_length: int  # the sequence ends at this many tokens
-    scored_from: int  # 1 or num_prompt: the positions of which scores are kept; none if the range is empty
-    scored_to: int
-    looks_back: bool  # sampling reads the tokens so far themselves: penalties, logits processors
-    lineage: tuple[tuple[str, int, int], ...] = ()
+    scored_from: int  # first position whose score is kept: 1 with prompt logprobs, else num_prompt
+    scored_to: int  # the end of those positions, exclusive; scored_from or less: no scores
+    looks_back: bool  # sampling needs the values of earlier tokens: penalties, logits processors
+    lineage: tuple[tuple[str, int, int], ...] = ()  # of each fork: (parent request id, tokens kept, seed)
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """The first `num_computed` tokens have their K and V in the table; the others are yet to be computed."""
+    """One sample of a request: its tokens, and how far they are computed.
+
+    The first `num_computed` tokens have their K and V in the blocks of `table`; the others have none yet.
+    """
 
     origin: Origin
     tokens: Log[int]  # prompt, then output
@@ -84,11 +90,11 @@ class Sequence:
     scores: Log[TokenLogprobs]  # of the positions from origin.scored_from on, without a gap
     text: TextState | None  # kept up to date only where stop strings need it
     cumulative_logprob: float = 0.0  # of the scored output tokens
-    num_cached: int | None = None  # tokens that found their K and V when admitted; None before that
+    num_cached: int | None = None  # tokens whose K and V existed when it was first admitted; None before
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    stopped: bool = False  # by its last token
-    foreign: int = 0  # how many of the first scores are of weights from before a `rebind`
+    stopped: bool = False  # its last token is a stop token
+    foreign: int = 0  # how many scores, from the first on, come from the weights before a `rebind`
 
     @property
     def id(self) -> str:
@@ -96,7 +102,7 @@ class Sequence:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Which of the state's sequences this is, whatever became of it."""
+        """(request id, sample): the same for this sequence in every state."""
         return self.origin.request.id, self.origin.sample
 
     @property
@@ -116,22 +122,23 @@ class Sequence:
 
     @property
     def reusable(self) -> int:
-        """How many of the first tokens may take K and V that exist, and need not be computed.
+        """How many leading tokens may reuse K and V that exist already.
 
-        Not the last one, whose logits the next token is sampled from; nor any whose logits score a token.
+        The last one may not: the next token is sampled from its logits. Nor may any whose logits still
+        have to score a token.
         """
         unscored = self.unscored
         return (unscored.start if unscored else self.tokens.length) - 1
 
     @property
     def prompt_scores(self) -> list[TokenLogprobs]:
-        """Of the prompt's tokens from the second on, so far; empty if the request did not ask."""
+        """The scores of the prompt's tokens from the second on, so far; empty if not asked for."""
         origin = self.origin
         return self.scores[: origin.num_prompt - origin.scored_from]
 
     @property
     def output_scores(self) -> list[TokenLogprobs]:
-        """Of the output's tokens so far; empty if the request did not ask."""
+        """The scores of the output's tokens so far; empty if not asked for."""
         origin = self.origin
         return self.scores[origin.num_prompt - origin.scored_from :]
 

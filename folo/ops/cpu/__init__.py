@@ -55,12 +55,12 @@ def instruction_set() -> str:
 
 
 def build_key() -> str:
-    """What the kernels were made of: their sources, flags and compiler. Only where there are kernels."""
+    """A digest of the kernels' sources and flags, the compiler and torch. Only where there are kernels."""
     return torch.ops.folo_cpu.build_key()
 
 
 def use(name: str) -> None:
-    """Let the ops run with one of `instruction_sets()`. It changes bits: states of before are of no use.
+    """Let the ops run with one of `instruction_sets()`. It changes bits: do not go on with earlier states.
 
     Raises:
         ConfigError: it is none of them, or its kernels cannot be compiled; the ops run on with what they had.

@@ -58,7 +58,7 @@ def _sequence_of(unit, query_start, num_sequences, group, HEIGHT: tl.constexpr, 
 
 @triton.jit
 def _merge(top, total, sums, next_top, next_total, next_sums):
-    """What a row has seen and what the next split gives it; one of which it sees nothing changes no bit."""
+    """Merge the next split into what a row has seen. A split of which it sees nothing changes no bit."""
     new_top = tl.maximum(top, next_top)
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     kept, taken = tl.exp2(top - base), tl.exp2(next_top - base)

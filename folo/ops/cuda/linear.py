@@ -23,13 +23,13 @@ from folo.ops.cuda.kernel import DTYPES, Build, Kernel, aligned
 
 MAX_SPLITS = 8
 _CHUNK = 512  # of K: a split is no shorter, so that a program that walks them seldom has to stop
-_FEW = 64  # programs: as many read memory at nearly the speed of all, each with a multiprocessor for itself
+_FEW = 64  # programs: so many, each on a multiprocessor of its own, read memory at nearly full speed
 _BLOCK_K = 64
 _SUM_BLOCK = 256
 GROUP = 8  # tiles of rows: programs that run together meet in L2 in what they read of x and of the weight
 _STAGES = {(64, 64): 8, (64, 128): 6, (128, 64): 4, (128, 128): 3}
-"""For tiles of (rows, columns): what lets few programs keep much of the weight under way, and two of many
-share a multiprocessor."""
+"""Stages of a tile of (rows, columns): few programs keep much of the weight in flight; of many, two fit on a
+multiprocessor."""
 _FEW_STAGES = {(64, 64): 7, (64, 128): 5}
 """In the 99 KB of shared memory that smaller GPUs have; other tiles fit as they are."""
 
@@ -141,7 +141,7 @@ class Plan:
         """For M rows: the height of a tile, and whether its splits are computed side by side."""
         if not self.aligned:
             return 32, False
-        # Short tiles are the more programs, of which few rows have too few; so are splits side by side.
+        # Few rows make too few programs: shorter tiles make more of them, and so do splits side by side.
         tiles = -(-m // 64) * self.columns
         short = m <= 64 or (self.splits > 1 and tiles < 2 * _FEW)
         return 64 if short else 128, self.splits > 1 and short
@@ -182,7 +182,7 @@ def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor, aligned: bool) -
 def plan(n: int, k: int, dtype: torch.dtype) -> Plan:
     """The plan for a weight `[N, K]`.
 
-    Narrow tiles are more programs, wide ones read less for each product. A small weight is cut into narrow
+    Narrow tiles make more programs, wide ones read less per product. A small weight is cut into narrow
     tiles, a large one into wide ones, and along K where these are too few to read memory at full speed.
     What is not aligned has one kernel for any number of rows.
     """
