@@ -54,8 +54,6 @@ def advance(state: EngineState, bound: Bound, results: Results) -> EngineState:
         while numbers[at] == number:
             if scored and (scores := results.scores[at]) is not None:
                 fields["scores"] = fields["scores"].append(scores)
-                if not rows[at].of_prompt:
-                    fields["cumulative_logprob"] += scores.logprob
             if targets[at] == SAMPLE:
                 _append(state, before, fields, ids[at])
             at += 1

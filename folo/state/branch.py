@@ -18,6 +18,8 @@ from folo.state.log import Log
 from folo.state.queues import queued
 from folo.state.sequence import Origin, Sequence, TokenLogprobs
 
+_GOES_ON: dict[str, Any] = {"num_cached": None, "finish_reason": None, "stop_reason": None, "stopped": False}
+
 
 def fork(
     state: EngineState,
@@ -66,14 +68,12 @@ def fork(
         raise RequestError(f"fork of {id!r}: children={children!r} is not a list of different ids")
     forced = _forced(state, id, append, len(children))
     own = _seeds(parent, seeds, len(children))
-    stem = _stem(state, parent, keep)
     running, waiting, pool, requests = list[Sequence](), list[Sequence](), state.pool, state.requests
     num_free = state.scheduler.max_num_seqs - len(state.running)
     for number, (child, tokens, seed) in enumerate(zip(children, forced, own, strict=True)):
         arrival = state.arrivals + number
-        origin = _child_origin(state, parent.origin, child, arrival, keep, seed)
-        sequence = _child(state, parent, stem, origin, tokens)
-        requests = requests.set(child, Held(origin.request, arrival))
+        sequence = _child(state, parent, child, arrival, keep, tokens, seed)
+        requests = requests.set(child, Held(sequence.origin.request, arrival))
         if sequence.num_computed and len(running) < num_free:
             running.append(sequence)
             pool = pool.hold(sequence.table.blocks)
@@ -126,12 +126,8 @@ def extend(state: EngineState, id: str, token_ids: Items[int]) -> EngineState:
         digests=digests_of(state, request, tokens, before.digests),
         scores=before.scores.first(kept),
         text=text_before(state, request),
-        cumulative_logprob=0.0,
-        num_cached=None,
-        finish_reason=None,
-        stop_reason=None,
-        stopped=False,
         foreign=0,
+        **_GOES_ON,
     )
     sequence = _caught_up(state, sequence)
     pool = state.pool
@@ -193,86 +189,64 @@ def _seeds(parent: Sequence, seeds: Items[int | None] | None, count: int) -> lis
     return [None if seed is None else replace(params, seed=seed).seed for seed in seeds]
 
 
-def _stem(state: EngineState, parent: Sequence, keep: int) -> Sequence:
-    """The parent's first `keep` tokens, with what is known of them."""
-    origin = parent.origin
-    whole = keep == parent.tokens.length and parent.finish_reason is None
-    text = parent.text if whole else text_before(state, origin.request)
-    if text is not None and not whole:
-        text = detokenize.advance(state.tokenizer, text, parent.tokens[origin.num_prompt : keep])
-    scores, total = parent.scores.first(keep - origin.scored_from), parent.cumulative_logprob
-    if parent.foreign and keep <= origin.num_prompt:
-        scores = Log[TokenLogprobs]()
-    if scores.length < parent.scores.length:
-        total = 0.0
-        for score in scores[origin.num_prompt - origin.scored_from :]:
-            total += score.logprob
-    computed = min(parent.num_computed, keep)
-    return evolve(
-        parent,
-        tokens=parent.tokens.first(keep),
-        num_computed=computed,
-        digests=parent.digests.first(keep // state.cache.block_size),
-        scores=scores,
-        text=text,
-        cumulative_logprob=total,
-        num_cached=None,
-        finish_reason=None,
-        stop_reason=None,
-        stopped=False,
-        foreign=min(parent.foreign, scores.length),
-    )
-
-
-def _child_origin(
-    state: EngineState, parent: Origin, id: str, arrival: int, keep: int, seed: int | None
-) -> Origin:
-    request, params = parent.request, parent.request.sampling
+def _child(
+    state: EngineState,
+    parent: Sequence,
+    id: str,
+    arrival: int,
+    keep: int,
+    forced: list[int],
+    seed: int | None,
+) -> Sequence:
+    old, params = parent.origin, parent.origin.request.sampling
     if params.n > 1 or params.best_of is not None:
         params = replace(params, n=1, best_of=None if params.best_of is None else 1)
-    seed, stream = (parent.seed, parent.stream) if seed is None else (seed, 0)
-    lineage = (*parent.lineage, (request.id, keep, seed))
-    request = evolve(request, id=id, sampling=params)
-    return origin_of(state, request, arrival, seed, 0, stream, lineage)
-
-
-def _child(
-    state: EngineState, parent: Sequence, stem: Sequence, origin: Origin, forced: list[int]
-) -> Sequence:
-    sequence = evolve(stem, origin=origin)
-    if origin.scored_from < stem.origin.scored_from:
-        sequence = evolve(sequence, scores=Log[TokenLogprobs](), cumulative_logprob=0.0, foreign=0)
+    seed, stream = (old.seed, old.stream) if seed is None else (seed, 0)
+    lineage = (*old.lineage, (parent.id, keep, seed))
+    request = evolve(old.request, id=id, sampling=params)
+    origin = origin_of(state, request, arrival, seed, 0, stream, lineage)
+    tokens = parent.tokens.first(keep)
     if forced:
-        tokens = stem.tokens.extend(forced)
-        text = stem.text
-        if text is not None:
-            text = detokenize.advance(state.tokenizer, text, forced)
-        digests = digests_of(state, origin.request, tokens, stem.digests)
-        sequence = evolve(sequence, tokens=tokens, digests=digests, text=text)
-        sequence = _scored(sequence, parent, stem.tokens.length)
-    if sequence.tokens.length >= origin.max_length:
+        tokens = tokens.extend(forced)
+    if tokens.length >= origin.max_length:
         raise RequestError(
-            f"fork of {parent.id!r}: {sequence.tokens.length} tokens leave no room for output: max_tokens "
+            f"fork of {parent.id!r}: {tokens.length} tokens leave no room for output: max_tokens "
             f"and max_model_len end it at {origin.max_length}; keep fewer"
         )
+    whole = keep == parent.tokens.length and parent.finish_reason is None
+    text = parent.text if whole else text_before(state, request)
+    if text is not None:
+        text = detokenize.advance(state.tokenizer, text, tokens[keep if whole else old.num_prompt :])
+    known = parent.digests.first(keep // state.cache.block_size)
+    scores = _scores(parent, origin, tokens, keep)
+    sequence = evolve(
+        parent,
+        origin=origin,
+        tokens=tokens,
+        num_computed=min(parent.num_computed, keep),
+        digests=digests_of(state, request, tokens, known),
+        scores=scores,
+        text=text,
+        foreign=min(parent.foreign, scores.length),
+        **_GOES_ON,
+    )
     return _caught_up(state, sequence)
 
 
-def _scored(sequence: Sequence, parent: Sequence, position: int) -> Sequence:
-    """With the scores of the first forced token, if the parent's row for its position shows them."""
-    at, origin = position - parent.origin.scored_from, sequence.origin
-    if origin.stream != parent.origin.stream and origin.request.sampling.logits_processors:
-        return sequence  # they may look at the sample index
-    if sequence.unscored.start != position or not sequence.unscored:
-        return sequence
-    if not parent.foreign <= at < parent.scores.length:
-        return sequence
-    token, row = sequence.tokens[position], parent.scores[at]
-    scores = row if parent.tokens[position] == token else row.of(token)
-    if scores is None:
-        return sequence
-    total = sequence.cumulative_logprob + scores.logprob
-    return evolve(sequence, scores=sequence.scores.append(scores), cumulative_logprob=total)
+def _scores(parent: Sequence, origin: Origin, tokens: Log[int], keep: int) -> Log[TokenLogprobs]:
+    """The parent's scores as far as they are the child's: of the tokens kept, and of the first one forced."""
+    old, at = parent.origin, keep - parent.origin.scored_from
+    # A later sample's child scores the prompt itself. A prompt alone is scored by the weights of now.
+    if origin.scored_from < old.scored_from or (parent.foreign and keep <= old.num_prompt):
+        return Log()
+    scores = parent.scores.first(at)
+    if keep >= min(tokens.length, origin.scored_to) or not parent.foreign <= at < parent.scores.length:
+        return scores
+    if origin.stream != old.stream and origin.request.sampling.logits_processors:
+        return scores  # they may look at the sample index
+    token, row = tokens[keep], parent.scores[at]
+    forced = row if parent.tokens[keep] == token else row.of(token)
+    return scores if forced is None else scores.append(forced)
 
 
 def _caught_up(state: EngineState, sequence: Sequence) -> Sequence:

@@ -78,14 +78,7 @@ def _sequence(sequence: Sequence, request: int) -> Document:
     }
 
 
-_PLAIN = (
-    "cumulative_logprob",
-    "num_cached",
-    "finish_reason",
-    "stop_reason",
-    "stopped",
-    "foreign",
-)
+_PLAIN = "num_cached", "finish_reason", "stop_reason", "stopped", "foreign"
 
 
 def rebuild(

@@ -89,7 +89,6 @@ class Sequence:
     digests: Log[bytes]  # of the full blocks among the tokens; empty without prefix caching
     scores: Log[TokenLogprobs]  # of the positions from origin.scored_from on, without a gap
     text: TextState | None  # kept up to date only where stop strings need it
-    cumulative_logprob: float = 0.0  # of the scored output tokens
     num_cached: int | None = None  # tokens whose K and V existed when it was first admitted; None before
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -141,6 +140,14 @@ class Sequence:
         """The scores of the output's tokens so far; empty if not asked for."""
         origin = self.origin
         return self.scores[origin.num_prompt - origin.scored_from :]
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """Of the output's tokens that are scored."""
+        total = 0.0  # no sum(), which from Python 3.12 on compensates, and has other bits
+        for scores in self.output_scores:
+            total += scores.logprob
+        return total
 
     @property
     def output_ids(self) -> list[int]:
