@@ -351,8 +351,12 @@ def test_a_file_that_contradicts_itself_is_refused(tiny: folo.Params, saved: Pat
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata())
     metadata.pop("sha256")
-    tensors["cached_tokens"][0, 0] += 1
-    tensors["tokens"][0] += 1
+    document = json.loads(tensors["document"].numpy().tobytes())
+    document["sequences"][0]["tokens"][0] += 1
+    for block in document["blocks"]:
+        if "content" in block:
+            block["content"]["token_ids"][0] += 1
+    tensors["document"] = torch.tensor(list(json.dumps(document).encode()), dtype=torch.uint8)
     save_file(tensors, saved, {**metadata, "sha256": saving.checksum(metadata, tensors)})
     with pytest.raises(folo.RestoreError, match="contradicts itself"):
         folo.restore(tiny, saved)

@@ -13,6 +13,7 @@ from folo.request import Request
 from folo.sampling import Named, SamplingParams, Transform
 from folo.state.engine import Counters, EngineState, Held
 from folo.state.evolve import evolve
+from folo.state.heap import Block
 from folo.state.lifecycle import digests_of, origin_of
 from folo.state.log import Log
 from folo.state.map import Map
@@ -22,19 +23,18 @@ from folo.state.sequence import BlockTable, Sequence, TokenLogprobs
 Document = dict[str, Any]
 
 
-def sequences_of(state: EngineState) -> list[Sequence]:
-    """All sequences in the order in which a document lists them: running, waiting, ended."""
-    return [*state.running, *state.waiting, *(s for held in state.all_held() for s in held.ended)]
+def describe(state: EngineState, blocks: Items[Block]) -> Document:
+    """All of a state but K and V, in JSON's terms.
 
-
-def describe(state: EngineState) -> Document:
-    """All of a state but its tokens, tables and K/V, in JSON's terms.
+    blocks: `state.blocks()`; tables refer to them by their places in it.
 
     Raises:
         RequestError: a request has logits processors without a name (`folo.sampling.named`).
     """
     helds = state.all_held()
     number = {held.request.id: n for n, held in enumerate(helds)}
+    place = {block.index: n for n, block in enumerate(blocks)}
+    filled = state.filled()
     return {
         "seed": state.seed,
         "max_model_len": state.max_model_len,
@@ -45,8 +45,13 @@ def describe(state: EngineState) -> Document:
         "requests": [_request(held) for held in helds],
         "num_running": len(state.running),
         "num_waiting": len(state.waiting),
-        "sequences": [_sequence(s, number[s.id]) for s in sequences_of(state)],
+        "sequences": [_sequence(s, number[s.id], place) for s in _sequences_of(state)],
+        "blocks": [_block(block, state, filled) for block in blocks],
     }
+
+
+def _sequences_of(state: EngineState) -> list[Sequence]:
+    return [*state.running, *state.waiting, *(s for held in state.all_held() for s in held.ended)]
 
 
 def _request(held: Held) -> Document:
@@ -63,7 +68,7 @@ def _request(held: Held) -> Document:
     return {**plain, "sampling": sampling, "arrival": held.arrival}
 
 
-def _sequence(sequence: Sequence, request: int) -> Document:
+def _sequence(sequence: Sequence, request: int, place: Mapping[int, int]) -> Document:
     origin, text = sequence.origin, sequence.text
     return {
         "request": request,
@@ -71,6 +76,8 @@ def _sequence(sequence: Sequence, request: int) -> Document:
         "stream": origin.stream,
         "seed": origin.seed,
         "lineage": origin.lineage,
+        "tokens": sequence.tokens[:],
+        "table": [place[block.index] for block in sequence.table.blocks],
         "num_computed": sequence.num_computed,
         "scores": [[s.logprob, s.rank, s.top_ids, s.top_logprobs] for s in sequence.scores],
         "text": None if text is None else asdict(text),
@@ -78,19 +85,21 @@ def _sequence(sequence: Sequence, request: int) -> Document:
     }
 
 
+def _block(block: Block, state: EngineState, filled: Mapping[int, int]) -> Document:
+    if block.content is None or not state.pool.cached(block):
+        return {"filled": filled[block.index]}
+    digest, parent, token_ids = block.content
+    content = {"digest": digest.hex(), "parent": parent.hex(), "token_ids": token_ids}
+    return {"filled": state.cache.block_size, "content": content}
+
+
 _PLAIN = "num_cached", "finish_reason", "stop_reason", "stopped", "foreign"
 
 
 def rebuild(
-    state: EngineState,
-    document: Document,
-    tokens: Items[list[int]],
-    tables: Items[BlockTable],
-    transforms: Mapping[str, Transform],
+    state: EngineState, document: Document, blocks: Items[Block], transforms: Mapping[str, Transform]
 ) -> EngineState:
-    """An empty state filled with a document's requests; its pool is left as it is.
-
-    tokens, tables: of each sequence, in the order of `sequences_of`.
+    """An empty state filled with a document's requests, their tables made of `blocks`. Its pool stays empty.
 
     Raises:
         RestoreError: `transforms` lacks one; stop strings, and the state has no tokenizer; a
@@ -107,8 +116,7 @@ def rebuild(
         requests = requests.set(held.request.id, held)
     under = evolve(state, max_model_len=limit)
     sequences = [
-        _sequence_of(under, helds[entry["request"]], entry, ids, table)
-        for entry, ids, table in zip(document["sequences"], tokens, tables, strict=True)
+        _sequence_of(under, helds[entry["request"]], entry, blocks) for entry in document["sequences"]
     ]
     num_running = document["num_running"]
     num_queued = num_running + document["num_waiting"]
@@ -151,10 +159,8 @@ def _transform(name: str, id: str, transforms: Mapping[str, Transform]) -> Named
     return Named(name, given.transform if isinstance(given, Named) else given)
 
 
-def _sequence_of(
-    state: EngineState, held: Held, entry: Document, ids: list[int], table: BlockTable
-) -> Sequence:
-    request, tokens = held.request, Log(ids)
+def _sequence_of(state: EngineState, held: Held, entry: Document, blocks: Items[Block]) -> Sequence:
+    request, tokens = held.request, Log[int](entry["tokens"])
     lineage = tuple((id, position, seed) for id, position, seed in entry["lineage"])
     seed, sample, stream = entry["seed"], entry["sample"], entry["stream"]
     origin = origin_of(state, request, held.arrival, seed, sample, stream, lineage)
@@ -169,7 +175,7 @@ def _sequence_of(
         origin=origin,
         tokens=tokens,
         num_computed=entry["num_computed"],
-        table=table,
+        table=BlockTable.of(tuple(blocks[place] for place in entry["table"])),
         digests=digests_of(state, request, tokens, Log()),
         scores=Log(scores),
         text=text,

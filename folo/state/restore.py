@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from folo.state.evolve import evolve
 from folo.state.heap import Block, Content
 from folo.state.lifecycle import preempt, vacate
 from folo.state.map import Map
-from folo.state.pool import ROOT, Pool
+from folo.state.pool import Pool
 from folo.state.save import FORMAT, VERSION, checksum
 from folo.state.sequence import BlockTable
 
@@ -82,11 +81,8 @@ def restore(
     if longest is not None:
         scheduler = replace(scheduler, max_model_len=min(longest, state.max_model_len))
         state = evolve(state, scheduler=scheduler)
-    tokens = _lists(tensors, "tokens", "token_start")
-    numbers = _lists(tensors, "tables", "table_start")
-    blocks = _stand_ins(tensors, state.cache.enable_prefix_caching)
-    tables = [BlockTable.of(tuple(blocks[n] for n in table)) for table in numbers]
-    state = rebuild(state, document, tokens, tables, transforms)
+    blocks = _stand_ins(document, state.cache.enable_prefix_caching)
+    state = rebuild(state, document, blocks, transforms)
     state = vacate(state) if recompute else _housed(_fitted(_pooled(state, blocks)), tensors)
     try:
         check(state)
@@ -130,24 +126,14 @@ def _compare(params: Params, metadata: Mapping[str, str], path: object, recomput
             )
 
 
-def _lists(tensors: Mapping[str, Tensor], name: str, start: str) -> list[list[int]]:
-    flat, bounds = tensors[name].tolist(), tensors[start].tolist()
-    return [flat[begin:end] for begin, end in pairwise(bounds)]
-
-
-def _stand_ins(tensors: Mapping[str, Tensor], caching: bool) -> list[Block]:
+def _stand_ins(document: Document, caching: bool) -> list[Block]:
     """The file's blocks under the numbers that they have there, in no heap yet."""
-    filled = tensors["filled"].tolist()
-    blocks = [Block(number) for number in range(len(filled))]
-    for block, claimed in zip(blocks, filled, strict=True):
-        block.claimed = claimed
-    if caching:
-        digests = [row.numpy().tobytes() for row in tensors["cached_digest"]]
-        parents = tensors["cached_parent"].tolist()
-        numbers, token_ids = tensors["cached"].tolist(), tensors["cached_tokens"].tolist()
-        for number, digest, parent, ids in zip(numbers, digests, parents, token_ids, strict=True):
-            before = ROOT if parent < 0 else digests[parent]
-            blocks[number].content = Content(digest, before, tuple(ids))
+    blocks = [Block(number) for number in range(len(document["blocks"]))]
+    for block, entry in zip(blocks, document["blocks"], strict=True):
+        block.claimed = entry["filled"]
+        if caching and (content := entry.get("content")):
+            digest, parent = bytes.fromhex(content["digest"]), bytes.fromhex(content["parent"])
+            block.content = Content(digest, parent, tuple(content["token_ids"]))
     return blocks
 
 

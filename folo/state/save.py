@@ -1,16 +1,9 @@
 """A state as a file: one safetensors file, written whole or not at all.
 
-Format: https://huggingface.co/docs/safetensors. Tensors, with L layers, n blocks that the state refers to
-(in the order of the tables, then those that are only cached, the longest unused first) and S sequences
-(running, waiting, ended):
+Format: https://huggingface.co/docs/safetensors. Tensors, with L layers and n blocks that the state refers to
+(in the order of the tables, then those that are only cached, the longest unused first):
 
     k, v            model dtype [L, n, block_size, Hkv, E]; slots that no sequence has filled are zero
-    tokens          int64, the sequences' tokens one after the other;  token_start int64[S + 1]
-    tables          int32, their block numbers likewise;               table_start int64[S + 1]
-    filled          int32[n], slots of each block that hold a token
-    cached          int32[c], the blocks in the prefix index
-    cached_digest   uint8[c, 16];  cached_tokens int64[c, block_size]
-    cached_parent   int32[c], the predecessor's place in `cached`, -1 for none
     document        uint8, the rest as JSON (`folo.state.document`)
 
 Metadata: format, version, params (fingerprint), dtype, what decided the bits (the attention backend,
@@ -24,9 +17,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,13 +25,11 @@ from torch import Tensor
 
 from folo.files import beside, write_tensors
 from folo.ops.arithmetic import arithmetic
-from folo.state.document import describe, sequences_of
+from folo.state.document import describe
 from folo.state.engine import EngineState
 from folo.state.flight import landed_or_before
-from folo.state.heap import Block, KVHeap
-from folo.state.pool import DIGEST_SIZE
 
-FORMAT, VERSION = "folo-state", "2"
+FORMAT, VERSION = "folo-state", "3"
 _HOST = torch.device("cpu")  # whatever the caller's default device is
 
 
@@ -99,48 +88,13 @@ def _to_disk(path: Path) -> None:
 
 
 def _tensors(state: EngineState) -> dict[str, Tensor]:
-    sequences, size = sequences_of(state), state.cache.block_size
-    blocks = state.blocks()
-    number = {block.index: n for n, block in enumerate(blocks)}
-    filled, cached = state.filled(), [block for block in blocks if state.pool.cached(block)]
-    filled |= {block.index: size for block in cached}
-    num_filled = torch.tensor([filled[block.index] for block in blocks], dtype=torch.int32, device=_HOST)
-    tables = [[number[block.index] for block in s.table.blocks] for s in sequences]
+    blocks, size = state.blocks(), state.cache.block_size
+    document = describe(state, blocks)
+    filled = torch.tensor([entry["filled"] for entry in document["blocks"]], dtype=torch.int64, device=_HOST)
     indices = torch.tensor([block.index for block in blocks], dtype=torch.int64, device=_HOST)
-    empty = torch.arange(size, device=_HOST)[None, :] >= num_filled[:, None]
-    document = json.dumps(describe(state)).encode()
-    return {
-        **_gather(state.heap, indices, empty),
-        **_ragged("tokens", "token_start", [s.tokens[:] for s in sequences], np.int64),
-        **_ragged("tables", "table_start", tables, np.int32),
-        "filled": num_filled,
-        **_cached(cached, number, size),
-        "document": torch.from_numpy(np.frombuffer(document, np.uint8).copy()),
-    }
-
-
-def _gather(heap: KVHeap, indices: Tensor, empty: Tensor) -> dict[str, Tensor]:
-    k, v = (part.cpu() for part in heap.read(indices.to(heap.k.device)))
+    empty = torch.arange(size, device=_HOST)[None, :] >= filled[:, None]
+    k, v = (part.cpu() for part in state.heap.read(indices.to(state.heap.k.device)))
     for part in (k, v):
         part.masked_fill_(empty[None, :, :, None, None], 0)
-    return {"k": k, "v": v}
-
-
-def _ragged(name: str, start: str, lists: list[list[int]], dtype: Any) -> dict[str, Tensor]:
-    flat = np.array([item for items in lists for item in items], dtype)
-    starts = np.array([0, *accumulate(len(items) for items in lists)], np.int64)
-    return {name: torch.from_numpy(flat), start: torch.from_numpy(starts)}
-
-
-def _cached(blocks: list[Block], number: Mapping[int, int], size: int) -> dict[str, Tensor]:
-    contents = [block.content for block in blocks if block.content is not None]
-    place = {content.digest: n for n, content in enumerate(contents)}
-    digests = np.frombuffer(b"".join(content.digest for content in contents), np.uint8)
-    parents = [place[content.parent] if content.parent else -1 for content in contents]
-    tokens = np.array([content.token_ids for content in contents], np.int64)
-    return {
-        "cached": torch.tensor([number[block.index] for block in blocks], dtype=torch.int32, device=_HOST),
-        "cached_digest": torch.from_numpy(digests.reshape(len(blocks), DIGEST_SIZE).copy()),
-        "cached_parent": torch.tensor(parents, dtype=torch.int32, device=_HOST),
-        "cached_tokens": torch.from_numpy(tokens.reshape(len(blocks), size)),
-    }
+    text = json.dumps(document).encode()
+    return {"k": k, "v": v, "document": torch.from_numpy(np.frombuffer(text, np.uint8).copy())}
