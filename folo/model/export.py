@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from folo.errors import ConfigError
 from folo.files import write_tensors
 from folo.model import gptq
 from folo.model.config import GREEDY_DEFAULTS, SAMPLING_DEFAULTS, DecoderConfig
-from folo.model.params import Linear, Params
+from folo.model.load import tensor_shapes
+from folo.model.params import LINEARS, NORMS, Linear, Params
 from folo.ops.packed import Packed
 from folo.ops.quantized import Grouped, Quantized
 from folo.ops.stacked import Stacked, Weight
@@ -51,12 +52,9 @@ def named_tensors(params: Params) -> Iterator[tuple[str, Tensor]]:
     """
     yield "model.embed_tokens.weight", _plain(params.embed)
     for index, layer in enumerate(params.layers):
-        prefix = f"model.layers.{index}"
-        yield f"{prefix}.input_layernorm.weight", layer.input_norm
-        yield f"{prefix}.post_attention_layernorm.weight", layer.post_norm
-        if layer.q_norm is not None and layer.k_norm is not None:
-            yield f"{prefix}.self_attn.q_norm.weight", layer.q_norm
-            yield f"{prefix}.self_attn.k_norm.weight", layer.k_norm
+        for field, module in NORMS.items():
+            if (norm := getattr(layer, field)) is not None:
+                yield f"model.layers.{index}.{module}.weight", norm
     yield "model.norm.weight", params.norm
     for names, linear in _linears(params):
         heights = list(names.values())
@@ -72,18 +70,16 @@ def named_tensors(params: Params) -> Iterator[tuple[str, Tensor]]:
 
 def _linears(params: Params) -> Iterator[tuple[dict[str, int], Linear]]:
     """Every linear layer, with the modules that it is made of in transformers, and the outputs of each."""
-    config = params.config
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    inner = config.intermediate_size
+    shapes = tensor_shapes(params.config)
+
+    def outputs(modules: Iterable[str]) -> dict[str, int]:
+        return {module: shapes[f"{module}.weight"][0] for module in modules}
+
     for index, layer in enumerate(params.layers):
-        attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
-        qkv = {f"{attention}.q_proj": queries, f"{attention}.k_proj": keys, f"{attention}.v_proj": keys}
-        yield qkv, layer.qkv
-        yield {f"{attention}.o_proj": config.hidden_size}, layer.out
-        yield {f"{mlp}.gate_proj": inner, f"{mlp}.up_proj": inner}, layer.gate_up
-        yield {f"{mlp}.down_proj": config.hidden_size}, layer.down
+        for field, modules in LINEARS.items():
+            yield outputs(f"model.layers.{index}.{module}" for module in modules), getattr(layer, field)
     if params.lm_head is not None:
-        yield {"lm_head": config.vocab_size}, params.lm_head
+        yield outputs(["lm_head"]), params.lm_head
 
 
 def _split(weight: Weight, heights: list[int]) -> Iterator[Tensor | Grouped]:

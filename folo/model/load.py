@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from folo.model.checkpoint import Checkpoint, Weights
 from folo.model.config import DecoderConfig
 from folo.model.gguf import GGUFFile
 from folo.model.locate import locate
-from folo.model.params import Layer, Linear, Params
+from folo.model.params import LINEARS, NORMS, Layer, Linear, Params
 from folo.model.safetensors import SafetensorsDirectory
 from folo.ops.memory import Arena, give_back
 from folo.ops.packed import Packed
@@ -227,17 +228,13 @@ def assemble(
             return Linear(weight(*modules), stack(*biases) if biases[0] in shapes else None)
 
         def layer(prefix: str) -> Layer:
-            attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-            return Layer(
-                input_norm=stack(f"{prefix}.input_layernorm.weight"),
-                qkv=linear(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
-                q_norm=stack(f"{attention}.q_norm.weight") if config.qk_norm else None,
-                k_norm=stack(f"{attention}.k_norm.weight") if config.qk_norm else None,
-                out=linear(f"{attention}.o_proj"),
-                post_norm=stack(f"{prefix}.post_attention_layernorm.weight"),
-                gate_up=linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-                down=linear(f"{mlp}.down_proj"),
-            )
+            fields: dict[str, Any] = {}
+            for field, module in NORMS.items():
+                name = f"{prefix}.{module}.weight"
+                fields[field] = stack(name) if name in shapes else None
+            for field, modules in LINEARS.items():
+                fields[field] = linear(*(f"{prefix}.{module}" for module in modules))
+            return Layer(**fields)
 
         return Params(
             embed=(laid_out if config.tie_word_embeddings else stack)("model.embed_tokens.weight"),

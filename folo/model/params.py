@@ -46,6 +46,21 @@ class Layer:
     down: Linear  # weight [D, I]
 
 
+NORMS = {
+    "input_norm": "input_layernorm",
+    "post_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
+LINEARS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""The modules of a `Layer` in transformers, by its fields; those of one linear layer read the same input."""
+
+
 def in_groups(layers: Iterable[tuple[Layer, Tensor]]) -> tuple[list[Tensor], list[int]] | None:
     """`layers_with_next_norm` as `ops.decoder_layers` takes them: tensors in groups, one after the other, and
     how many each group has; None if a weight is not for it."""

@@ -13,7 +13,7 @@ from folo import ops
 from folo.errors import ConfigError
 from folo.model.config import DecoderConfig
 from folo.model.forward import embedded
-from folo.model.params import Layer, Linear, Params, layers_with_next_norm
+from folo.model.params import LINEARS, Layer, Linear, Params, layers_with_next_norm
 from folo.ops import kv_cache
 from folo.ops.packed import Packed
 from folo.ops.stacked import Weight
@@ -93,9 +93,7 @@ def nearest(params: Params, config: QuantConfig | None = None, use_tqdm: bool = 
 
     with torch.device("cpu"):
         layers = [
-            replace(
-                layer, **{name: quantised(getattr(layer, name)) for name in ("qkv", "out", "gate_up", "down")}
-            )
+            replace(layer, **{name: quantised(getattr(layer, name)) for name in LINEARS})
             for layer in tqdm(params.layers, desc="Rounding", unit="layer", disable=not use_tqdm)
         ]
     return replace(params, layers=tuple(layers))
