@@ -342,10 +342,8 @@ class LLMEngine:
             num_samples = before.held(id).num_samples
             self._done[id] = replace(output, metrics=self._clock(id).metrics(num_samples))
             self._clocks.pop(id, None)
-            self._texts.forget(id, num_samples)
         if len(self._clocks) > len(after.requests):  # `state` was set to a value without some of them
             self._clocks = {id: self._clocks[id] for id in self._clocks if id in after.requests}
-            self._texts = Texts()
         self.state = after
 
     def _unfinished(self, ids: set[str]) -> dict[str, list[Continuation]]:
