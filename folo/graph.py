@@ -40,7 +40,7 @@ class Recorder(Protocol):
         ...
 
 
-class _OfDevice:
+class _Device:
     """What a device's graphs share: the stream that captures them, and their memory pool."""
 
     def __init__(self) -> None:
@@ -56,11 +56,11 @@ class CudaGraphs:
     """
 
     def __init__(self) -> None:
-        self._devices: dict[int, _OfDevice] = {}
+        self._devices: dict[int, _Device] = {}
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         if (number := torch.cuda.current_device()) not in self._devices:
-            self._devices[number] = _OfDevice()  # torch's capture stream is on one device
+            self._devices[number] = _Device()  # torch's capture stream is on one device
         own = self._devices[number]
         if not own.alive:  # a pool dies with its last graph, and torch adds no other to it
             own.pool = torch.cuda.graph_pool_handle()

@@ -27,13 +27,13 @@ class Backend:
 
     op: None for folo's own kernels, `folo.ops.paged_attention`.
     lacks: why it cannot be had on a device with a dtype, or None. breaks: the promise that it is not known to
-    keep. pages: what block sizes have to be a multiple of. head_dims: those that it takes.
+    keep. page_size: what block sizes have to be a multiple of. head_dims: those that it takes.
     """
 
     op: Attention | None
     lacks: Callable[[torch.device, torch.dtype], str | None]
     breaks: str | None = None
-    pages: int = 1
+    page_size: int = 1
     head_dims: range = range(1, 1 << 16)
 
 
@@ -123,8 +123,8 @@ _FLASH_HEAD_DIMS = range(8, 257, 8)
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(None, _on("cpu")),
     "triton": Backend(None, _lacks_triton, head_dims=cuda.ATTENTION_HEAD_DIMS),
-    "torch": Backend(_varlen, _lacks_varlen, _UNPROVEN, pages=256, head_dims=_FLASH_HEAD_DIMS),
-    "flash_attn": Backend(_flash, _lacks_flash, _UNPROVEN, pages=256, head_dims=_FLASH_HEAD_DIMS),
+    "torch": Backend(_varlen, _lacks_varlen, _UNPROVEN, page_size=256, head_dims=_FLASH_HEAD_DIMS),
+    "flash_attn": Backend(_flash, _lacks_flash, _UNPROVEN, page_size=256, head_dims=_FLASH_HEAD_DIMS),
     "reference": Backend(torch.ops.folo_reference.paged_attention.default, lambda device, dtype: None),
 }
 """By the name that `attention=` takes; besides these there is "auto"."""
@@ -156,8 +156,8 @@ def attention_backend(
         raise ConfigError(f"attention={name!r}: expected one of {('auto', *BACKENDS)}")
     if (lack := backend.lacks(device, dtype)) is not None:
         raise ConfigError(f'attention={name!r} {lack}; attention="auto" takes what there is')
-    if block_size % backend.pages:
-        raise ConfigError(f"attention={name!r} needs a block_size of {backend.pages}, not {block_size}")
+    if block_size % backend.page_size:
+        raise ConfigError(f"attention={name!r} needs a block_size of {backend.page_size}, not {block_size}")
     if head_dim not in backend.head_dims:
         step, most = backend.head_dims.step, backend.head_dims[-1]
         raise ConfigError(

@@ -49,7 +49,7 @@ def _check_queues(state: EngineState) -> None:
     for held in state.all_held():
         id, known = held.request.id, samples[held.request.id]
         _require(known == held.num_samples, f"{id!r} has {known} of {held.num_samples} samples")
-        queue = state.finished if held.over else state.requests
+        queue = state.finished if held.finished else state.requests
         _require(queue.get(id) is held, f"{id!r} is misfiled")
 
 

@@ -36,7 +36,7 @@ class Held:
         return self.request.sampling.num_samples
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         return len(self.ended) == self.num_samples
 
 

@@ -59,7 +59,7 @@ def output_of(
     sequences = sorted((*held.ended, *unfinished), key=lambda s: s.origin.sample)
     first = sequences[0]
     shown = sequences
-    if held.over:
+    if held.finished:
         chosen = sorted(sequences, key=_merit) if request.sampling.best_of else sequences
         shown = chosen[: request.sampling.n]
 
@@ -72,7 +72,7 @@ def output_of(
         prompt_token_ids=list(request.prompt_token_ids),
         prompt_logprobs=_prompt_logprobs(first, piece),
         outputs=[_completion(index, s, text(state.tokenizer, s), piece) for index, s in enumerate(shown)],
-        finished=held.over,
+        finished=held.finished,
         num_cached_tokens=first.num_cached or 0,
         lineage=first.origin.lineage,
     )

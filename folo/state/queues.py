@@ -26,7 +26,7 @@ def settle(state: EngineState, ended: Iterable[Sequence]) -> EngineState:
     for sequence in ended:
         held = requests[sequence.id]
         held = evolve(held, ended=(*held.ended, sequence))
-        if held.over:
+        if held.finished:
             requests, finished = requests.delete(sequence.id), finished.set(sequence.id, held)
         else:
             requests = requests.set(sequence.id, held)

@@ -133,8 +133,8 @@ class Plan:
     chunk: int
 
     @property
-    def columns(self) -> int:
-        """Tiles that stand side by side."""
+    def tiles(self) -> int:
+        """How many stand side by side."""
         return -(-self.n // self.block_n)
 
     def tiling(self, m: int) -> tuple[int, bool]:
@@ -142,7 +142,7 @@ class Plan:
         if not self.aligned:
             return 32, False
         # Few rows make too few programs: shorter tiles make more of them, and so do splits side by side.
-        tiles = -(-m // 64) * self.columns
+        tiles = -(-m // 64) * self.tiles
         short = m <= 64 or (self.splits > 1 and tiles < 2 * _FEW)
         return 64 if short else 128, self.splits > 1 and short
 
@@ -161,7 +161,7 @@ class Plan:
         if self.aligned:
             stages, few = _STAGES[height, self.block_n], _FEW_STAGES.get((height, self.block_n))
         kernel = Kernel(_product, constants, max(4, height // 16), stages, few)
-        return kernel, (-(-m // height) * self.columns, self.splits if side_by_side else 1)
+        return kernel, (-(-m // height) * self.tiles, self.splits if side_by_side else 1)
 
 
 def splits_sum(aligned: bool) -> Kernel:
