@@ -14,8 +14,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/.folo
 	$(BIN)/folo generate --chat --prompt "What is gravity?" --temperature 0 --max-tokens 64
 
-# Two tests at a time, each with one thread unless it says otherwise. Passive: threads that wait for each
-# other while others have their cores would spin for ages.
+# Two tests at a time, each with one thread unless it says otherwise. Passive: threads that wait for one
+# another would spin for ages while the other test has their cores.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses=2 --dist=worksteal
 
 test: lint
@@ -31,7 +31,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Python itself leaks: leaks are not looked for.
-# Preloaded too: what stands in for AMX, which traps (pytest's own handler of traps stays out).
+# Also preloaded: the emulation of AMX, whose instructions trap (so pytest's own handler of traps is off).
 sanitize: $(VENV)/.dev
 	mkdir -p build
 	$(CXX) -std=c++17 -O3 -march=native -shared -fPIC -ftls-model=initial-exec tests/amx_tiles.cpp -o build/amx_tiles.so

@@ -3,8 +3,8 @@
     python examples/conversation.py [--model MODEL]
 
 A turn computes only what is new in it. K and V of the turns before come from the prefix cache, which keeps
-whole blocks of 16 tokens; `num_cached_tokens` of an output says how many tokens did. At the end the last
-prompt is run once more, in a state in which nothing is cached: it gets the same answer.
+whole blocks of 16 tokens; `num_cached_tokens` of an output says how many tokens came from there. At the end
+the last prompt is run once more, in a state in which nothing is cached: it gets the same answer.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python examples/few_shot.py [--model MODEL]
 
 All prompts of a task begin with the same examples. Their K and V are computed once and come from the
-prefix cache afterwards; `num_cached_tokens` of an output says how many tokens did.
+prefix cache afterwards; `num_cached_tokens` of an output says how many tokens came from there.
 """
 
 import argparse

@@ -39,7 +39,7 @@ from folo.sampling import SamplingParams
 from folo.state.engine import init
 
 _BAD_INPUT, _INTERRUPTED, _CLOSED_PIPE = 2, 130, 141  # the last two as shells report SIGINT and SIGPIPE
-_MEMINFO = Path("/proc/meminfo")  # Linux: what new allocations can take is its MemAvailable
+_MEMINFO = Path("/proc/meminfo")  # of Linux; its MemAvailable is what new allocations can take
 _DTYPES = ("auto", *DTYPES)
 _OVERRIDES = ("max_tokens", "temperature", "top_p", "top_k", "seed")  # options that are sampling parameters
 
@@ -107,7 +107,7 @@ def _register_generate(commands: Any) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="in (0, 1] (default: the model's)")
     parser.add_argument("--top-k", type=int, metavar="K", help="0 is off (default: the model's)")
     parser.add_argument(
-        "--seed", type=int, metavar="S", help="of each prompt (default: a fixed one for each, in order)"
+        "--seed", type=int, metavar="S", help="one for all prompts (default: one for each, by its place)"
     )
     parser.set_defaults(run=_generate)
 
@@ -284,7 +284,7 @@ def _described(config: DecoderConfig, weights: int, quantised: bool) -> dict[str
 
 
 def _default_heap(config: DecoderConfig) -> str:
-    """What the engine makes of the default cache configuration, asked of it without any memory."""
+    """How much the default KV heap holds, by `init` on tensors that take no memory."""
     nothing = torch.empty(0, dtype=config.dtype, device="meta")
     try:
         state = init(Params(embed=nothing, layers=(), norm=nothing, lm_head=None, config=config))
@@ -295,7 +295,7 @@ def _default_heap(config: DecoderConfig) -> str:
 
 
 def _free_memory() -> dict[str, int]:
-    """Bytes that can be had, by kind of memory; of host memory only where Linux says."""
+    """Free bytes by kind of memory; of host memory only on Linux, which reports them."""
     free: dict[str, int] = {}
     try:
         meminfo = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())

@@ -41,7 +41,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _plain(config: Any) -> None:
-    """Make numpy's numbers among the fields Python's, which is what a saved state can hold."""
+    """Turn numpy's numbers among the fields into Python's: a saved state can hold no others."""
     for one in fields(config):
         value = getattr(config, one.name)
         if isinstance(value, Real) and not isinstance(value, bool):

@@ -17,7 +17,7 @@ _REPLACEMENT = "\ufffd"
 # Prompt tokens decoded with the output, so that it reads as a continuation of the prompt (as in vLLM).
 _PROMPT_TAIL = 5
 
-# A UTF-8 character has at most 4 bytes, and a token that shows at least one.
+# A UTF-8 character has at most 4 bytes, and a token that shows anything has at least one.
 _CHARACTER_TOKENS = 4
 
 # Text that still ends in U+FFFD after this many tokens holds bytes that no further token can make valid, or
@@ -42,7 +42,7 @@ class TextState:
 
     @property
     def certain_text(self) -> str:
-        """What later tokens cannot change: of `pending`, too, what stands before an unfinished character."""
+        """What later tokens cannot change: `text`, and `pending` up to its unfinished character."""
         return self.text + self.pending.rstrip(_REPLACEMENT)
 
     @property
@@ -80,7 +80,7 @@ def advance(tokenizer: Any, state: TextState, new_ids: Sequence[int]) -> TextSta
 def text_of(
     tokenizer: Any, prompt_ids: Sequence[int], output_ids: Sequence[int], skip_special_tokens: bool = True
 ) -> str:
-    """The text of a whole output: what its increments concatenate to, to the last character held back."""
+    """The text of a whole output: all its increments, and what is held back at the end."""
     return advance(tokenizer, begin(tokenizer, prompt_ids, skip_special_tokens), output_ids).final_text
 
 
@@ -99,7 +99,7 @@ def find_stop(text: str, start: int, stops: Sequence[str]) -> tuple[int, str] | 
 
 
 def stream_safe_length(text: str, stops: Sequence[str]) -> int:
-    """How much of `text`, which holds no stop string, can be shown: all before what may become one."""
+    """How many characters of `text`, which holds no stop string, can be shown: all before a possible one."""
     return len(text) - max((_overlap(text, stop) for stop in stops), default=0)
 
 

@@ -80,13 +80,13 @@ class LLMEngine:
         self._next_id = 0
         self._clocks: dict[str, Clock] = {}
         self._texts = Texts()
-        self._done: dict[str, RequestOutput] = {}  # finished, and not yet given to whoever asked
+        self._done: dict[str, RequestOutput] = {}  # finished, and not handed out yet
         self._streams: set[str] = set()  # requests whose outputs belong to an open stream
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json asks for, folo's defaults elsewhere.
+        """The values of the model's generation_config.json, and folo's defaults for the rest.
 
-        Raises RequestError if that makes no sense.
+        Raises RequestError if one of them is refused.
         """
         try:
             return SamplingParams(**cast("dict[str, Any]", dict(self.params.config.sampling_defaults)))
@@ -301,7 +301,7 @@ class LLMEngine:
             raise
 
     def _advance(self) -> tuple[str, ...]:
-        """Run one step if there is anything to run; the request id of each token that became known."""
+        """Run one step, if there is anything to run -> the request id of each token that became known."""
         try:
             return self._stepped()
         except BaseException as error:
@@ -362,7 +362,7 @@ class LLMEngine:
 
 
 def _forget_states(traceback: TracebackType | None) -> None:
-    """Clear folo's frames and torch's: who keeps a traceback, as a notebook does, would pin blocks with them.
+    """Clear folo's frames and torch's: through them a traceback that is kept, as in a notebook, pins blocks.
 
     Those of the caller's own code, such as a logits processor's, stay for a debugger to show.
     """

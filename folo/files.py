@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 def beside(path: Path) -> Path:
-    """Where what will be `path` is written first.
+    """Where a file is written before it is renamed to `path`.
 
     In the same directory, since a rename is atomic within one file system only; under a name that no other
-    process has, and no other thread, if `path` is an object of its own.
+    process uses, nor another thread, if each has a `path` object of its own.
     """
     return path.with_name(f".{path.name}.{os.getpid()}.{id(path)}.partial")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """One safetensors file, which whoever may read the caller's other files may read. Raises OSError."""
-    path.touch()  # as the umask has it; the library makes its own file, for the owner alone
+    """Write one safetensors file, with the permissions of the caller's other files. Raises OSError."""
+    path.touch()  # with the umask's permissions; the library would make a file for the owner alone
     mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path, dict(metadata))

@@ -1,4 +1,4 @@
-"""A request's clock: what the shell notes down, and the metrics that follow. The core knows no time."""
+"""A request's clock: the moments that the shell notes, and metrics from them. The core has no clock."""
 
 from __future__ import annotations
 

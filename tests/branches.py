@@ -1,4 +1,4 @@
-"""A request that is under way, to be forked or extended, and what has to hold of it afterwards."""
+"""A request under way, to be forked or extended, and what has to hold of it afterwards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def started(
 
 
 def recipe_of(state: folo.EngineState, sample: int = 0) -> Recipe:
-    """That of a sample of "a", whose tokens so far are given."""
+    """The recipe of a sample of "a", with its tokens so far as `given`."""
     recipe = Recipe.of(state, state.held("a").request, sample)
     return replace(recipe, given=tuple(ids_of(state, "a", sample)))
 

@@ -27,7 +27,7 @@ settings.load_profile("untimed")
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: a collection that a test asks for need not look at a million objects of it."""
+    """What was imported stays: a garbage collection in a test need not look at its million objects."""
     gc.freeze()
 
 
@@ -46,7 +46,7 @@ def tiny(tiny_dir: Path) -> folo.Params:
 
 @pytest.fixture(params=cpu.instruction_sets())
 def each_instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with all that the ops can run with here, plain torch included."""
+    """Runs the test with every instruction set of this CPU, and with plain torch."""
     before = cpu.instruction_set()
     cpu.use(request.param)
     yield request.param
@@ -72,13 +72,13 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_dir: Path) -> Any:
-    """That of `tiny`."""
+    """The tokenizer of `tiny`."""
     return folo.load_tokenizer(str(tiny_dir))
 
 
 @pytest.fixture
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many blocks each step copied that copied any."""
+    """The number of blocks copied, for each step that copied any."""
     counts: list[int] = []
     real = ops.copy_blocks
 

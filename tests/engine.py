@@ -89,7 +89,7 @@ class Recipe:
 
     @staticmethod
     def of(state: folo.EngineState, request: folo.Request, sample: int = 0) -> Recipe:
-        """Of a request that is submitted to this state."""
+        """The recipe of a request that is submitted to this state."""
         seed = request.sampling.seed
         if seed is None:
             seed = folo.sampling.derive_seed(state.seed, request.id)
@@ -97,7 +97,7 @@ class Recipe:
         return Recipe(prompt, request.sampling, seed, sample, limit=state.max_model_len)
 
     def forked(self, keep: int, forced: Iterable[int] = (), seed: int | None = None) -> Recipe:
-        """Of a child that keeps this many of the tokens in `given`, the prompt's included."""
+        """The recipe of a child that keeps this many tokens: the prompt's, then those in `given`."""
         given = (*self.given[: keep - len(self.prompt)], *forced)
         if seed is None:
             return replace(self, given=given)
@@ -105,7 +105,7 @@ class Recipe:
 
 
 class Oracle:
-    """What each sample has to be, recomputed by no state: row by row from the model's logits.
+    """What each sample has to be, recomputed without a state: row by row from the model's logits.
 
     A token is right if it is what the tokens before it give; so an output is right if all of its
     tokens are, and one pass of the model over all of it shows that.
@@ -158,7 +158,7 @@ class Oracle:
         assert mine.text == text
 
     def _rows(self, recipe: Recipe, output: tuple[int, ...]) -> list[tuple[int, Table]]:
-        """For each place in an output: what is sampled there, and the scores of the one that stands."""
+        """For each place in an output: the token that is sampled there, and the scores of the one given."""
         key = recipe.prompt, recipe.sampling, recipe.seed, recipe.stream
         known = self._known.setdefault(key, {})
         missing = [n for n in range(len(output)) if output[: n + 1] not in known]
@@ -264,7 +264,7 @@ def draw(recipe: Recipe, output: Items[int], raw: Tensor, stop_ids: Iterable[int
 
 @cache
 def column(value: float) -> Tensor:
-    """What the ops take for a batch of one row: few values, for very many rows."""
+    """A column for a batch of one row. Cached: very many rows have few values."""
     return torch.tensor([value], dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""GPTQ checkpoints, packed by the words of the format's description: numpy, one code at a time."""
+"""GPTQ checkpoints, packed as the format is described: in numpy, one code at a time."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from folo.graph import Replay
 
 
 def spoil(tensor: Tensor) -> None:
-    """No value that anyone could take for a token or a number."""
+    """Fill it with values that nobody could take for a token or a number."""
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         tensor.fill_(torch.nan)
     else:

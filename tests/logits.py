@@ -24,7 +24,7 @@ def random_logits(vocabulary: int, rows: int) -> Tensor:
 
 
 def warp_of(logits: Tensor, temperature=1.0, min_p=0.0, top_k=0, top_p=1.0, truncate=True) -> Tensor:
-    """Of all rows with the same parameters."""
+    """`warp` of all rows with the same parameters."""
     rows = len(logits)
     return warp(
         logits,

@@ -23,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def varlen_attn_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.13 has it; what 2.11 has knows no pages, and is given the parameters."""
+    """torch 2.13 has it; torch 2.11's takes no pages, so it is given the parameters."""
 
     def varlen_attn(query: Tensor, block_table: Tensor, seqused_k: Tensor, num_splits: int) -> Tensor:
         raise AssertionError

@@ -43,7 +43,7 @@ def test_a_part_that_runs_past_its_limit_is_interrupted_and_says_how_far_it_came
 
 
 def test_a_test_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing else would tell which it was: the part is killed with all that pytest has to say."""
+    """Nothing else would tell which it was: the part is killed before pytest can report."""
     (tmp_path / "test_kernel.py").write_text("import time\ndef test_hangs(): time.sleep(3)")
     for name, value in {"_HANGING": 1, "_TESTS": str(tmp_path)}.items():
         monkeypatch.setattr(gpu, name, value)

@@ -142,7 +142,7 @@ def test_rope_angles_are_those_of_large_positions() -> None:
     inv_freq = 1e6 ** (-torch.arange(0, 128, 2, device=DEVICE) / 128)
     positions = torch.tensor([0, 1, 77, 4095, 40_959, 131_071], device=DEVICE)
     found = ops.rope_angles(positions, inv_freq)
-    angles = (positions.float()[:, None] * inv_freq).double()  # which is rounded in float32, as specified
+    angles = (positions.float()[:, None] * inv_freq).double()  # float32 products, as specified
     torch.testing.assert_close(found.double(), torch.cat((angles.cos(), angles.sin()), 1), rtol=0, atol=1e-6)
 
 

@@ -52,7 +52,7 @@ def steps(params: folo.Params, state: folo.EngineState, count: int) -> folo.Engi
 
 
 def before_prefill(params: folo.Params) -> folo.EngineState:
-    """Prompts are computed and scored, one of them in part; penalties and truncation are at work."""
+    """The next step computes and scores prompts, one of them in part, with penalties and truncation."""
     scheduler = folo.SchedulerConfig(max_num_batched_tokens=40)
     state = folo.init(params, folo.CacheConfig(num_blocks=24, reserve_blocks=24), scheduler)
     state = folo.submit(state, folo.Request(prompt(21), sampling(0, prompt_logprobs=2, top_k=7), "a"))
@@ -65,7 +65,7 @@ def before_decode(params: folo.Params) -> folo.EngineState:
 
 
 def before_copy_and_preemption(params: folo.Params) -> folo.EngineState:
-    """Histories are about to part within blocks, and a block that is needed is not to be had."""
+    """The next step has histories that part within blocks, and lacks a block that it needs."""
     cache = folo.CacheConfig(block_size=8, num_blocks=8, reserve_blocks=16)
     state = folo.init(params, cache, folo.SchedulerConfig(max_model_len=64))
     for n, length in enumerate((13, 14, 15)):

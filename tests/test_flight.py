@@ -133,7 +133,7 @@ READERS: dict[str, Callable[[folo.EngineState], object]] = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_state_whose_step_found_no_token_is_the_one_from_before_it(tiny: folo.Params, reader: str) -> None:
-    """To all but `schedule`, which tells of it: as after an error of an eager step."""
+    """For all but `schedule`, which raises: as after an error in an eager step."""
     state = folo.init(tiny, folo.CacheConfig(num_blocks=60))
     state = folo.submit(state, folo.Request(prompt(9), folo.SamplingParams(max_tokens=9), "good"))
     bad = folo.SamplingParams(max_tokens=9, logits_processors=(nothing,))

@@ -86,7 +86,7 @@ class TestContract:
 
 
 def test_four_bits_take_little_memory() -> None:
-    """Of the bfloat16 bytes, scales, zeros and padding included."""
+    """A share of the bytes in bfloat16, scales, zeros and padding included."""
     for n, k, most in ((3072, 1024, 0.29), (1024, 3072, 0.29), (576, 1536, 0.29), (960, 576, 0.29)):
         packed = weight(n, k, 128)
         assert packed.num_bytes <= most * 2 * n * k, (n, k)

@@ -48,7 +48,7 @@ def plain(weight: Grouped) -> Tensor:
 
 
 def rounded(weight: Tensor, config: quant.QuantConfig, part: float = 1) -> Tensor:
-    """To nearest, group by group, in numpy: with scales for a part of the range."""
+    """Rounding to nearest, group by group, in numpy, with scales that reach a part of the range."""
     rows, most = weight.numpy(), 2**config.bits - 1
     out, size = np.empty_like(rows), rows.shape[1] if config.group_size == -1 else config.group_size
     for start in range(0, rows.shape[1], size):

@@ -37,7 +37,7 @@ def test_a_block_is_free_again_when_its_last_reference_goes() -> None:
 
 
 def interrupted(run: Callable[[], object], at: int) -> KeyboardInterrupt | None:
-    """The interrupt before the `at`-th instruction, of the heap or of this file; None: none came."""
+    """The interrupt before the `at`-th instruction of the heap or of this file; None if none came."""
     left = at
 
     def trace(frame: FrameType, event: str, _: object) -> Any:

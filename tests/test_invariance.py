@@ -1,4 +1,4 @@
-"""The first promise, as a matrix: the same requests under every way to run them give the same bits."""
+"""The first promise, as a matrix: the same requests give the same bits in every way to run them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def default_reference(default_subject: Subject) -> Run:
 
 
 def verify(subject: Subject, reference: Run, cell: Cell) -> None:
-    """Compare the cell, and see to it that what the cell says did happen."""
+    """Compare the cell, and check that what it is named after did happen."""
     result = compare(subject, reference, cell)
     assert (result.differing_tokens, result.differing_logprobs) == (0, 0)
     num_tokens = sum(len(output.token_ids) for output in reference.outputs)

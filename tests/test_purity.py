@@ -44,7 +44,7 @@ MOVING_METHODS = frozenset({"flatten"})
 
 
 def on_device(params: folo.Params, k: Tensor, v: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
-    """All of a step that is compiled."""
+    """The part of a step that is compiled."""
     hidden = device.run(params, k, v, inputs, "cpu")
     results = [hidden]
     for part, rows in device.tiles_of(hidden, inputs.rows):
@@ -77,7 +77,7 @@ def recorder() -> Iterator[Recorder]:
 
 
 def own_arithmetic(nodes: list[Node]) -> list[str]:
-    """The nodes that make a floating tensor by other means than a folo op or a move of data."""
+    """The nodes that make a floating tensor otherwise than by a folo op or a move of data."""
 
     def is_floating(value: object) -> bool:
         return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,4 +1,5 @@
-"""The plan of a product with few bits: what can be launched is compiled in a test, and does all the work."""
+"""The plan of a product with few bits: every kernel that can be launched is compiled in a test, and does all
+the work."""
 
 from __future__ import annotations
 

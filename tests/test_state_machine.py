@@ -47,7 +47,7 @@ MANY = st.integers(0, 999)  # picks one of things of which there may be any numb
 
 
 def every_other(logits: Tensor, context: Context) -> Tensor:
-    """Rather ids that are as even or odd as the position: a pure transform that knows where it is."""
+    """Favours ids of the position's parity: a pure transform that depends on the position."""
     return logits - 3.0 * (torch.arange(len(logits)) % 2 != context.position % 2)
 
 
@@ -75,7 +75,7 @@ SAMPLING = st.fixed_dictionaries(
 
 @dataclass(frozen=True)
 class Known:
-    """What has to come of a request in one state: a recipe for each sample.
+    """What a request in one state has to give: a recipe for each sample.
 
     cut: somebody ended it.
     """
@@ -397,7 +397,7 @@ class Program(RuleBasedStateMachine):
         return ids[pick % len(ids)]
 
     def verified(self, id: str, sample: int) -> Recipe:
-        """The recipe of a sample whose tokens so far are given, and are found to be right."""
+        """The recipe of a sample, with its tokens so far, which are checked, as `given`."""
         recipe, output = self.world.known[id].recipes[sample], folo.outputs(self.state)[id]
         self.compare(self.world.known, {id: output})
         return replace(recipe, given=tuple(output.outputs[sample].token_ids), limit=self.state.max_model_len)

@@ -1,6 +1,6 @@
 """Every Triton kernel in every configuration, compiled to machine code as on a GPU, without one.
 
-What can be read off the machine code is held here: that it exists, fits into shared memory, keeps its
+What can be read off the machine code is checked here: that it exists, fits into shared memory, keeps its
 tiles in registers, and that kernels which may serve the same rows multiply with the same instructions and
 reduce in the same order.
 """

@@ -30,7 +30,7 @@ def of_build(build: Build) -> Any:
 
 
 def of_launch(kernel: Kernel, *args: Any) -> Any:
-    """As `JITFunction.run` finds it out, but for the GPU that it would ask for."""
+    """What `JITFunction.run` would compile, for a fixed GPU: it would ask for the current one."""
     function, backend = kernel.function, make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(function.signature, function.params, backend)
     bound, specialization, rest = bind(*args, **kernel.constants, **options(kernel))

@@ -129,7 +129,7 @@ class VirtualCuda(TorchDispatchMode):
         self.finish(self.launched)
 
     def finish(self, at: int) -> None:
-        """Whatever was launched up to there has been done."""
+        """Complete what was launched up to there."""
         while self._later and self._later[0][0] <= at:
             self._later.popleft()[1]()
         self.finished = max(self.finished, at)
@@ -212,7 +212,7 @@ class VirtualCuda(TorchDispatchMode):
         return pytree.tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else self._new(t), found)
 
     def _recorded(self, graph: Graph, func: Any, args: Any, kwargs: Any) -> Any:
-        """Shapes are found out, and nothing is computed: a capture runs no kernel."""
+        """Record the call: its shapes are worked out and nothing is computed, as a capture runs no kernel."""
         leaves = pytree.tree_leaves((args, kwargs))
         shapes: dict[int, Tensor] = {}
 
@@ -248,7 +248,7 @@ class VirtualCuda(TorchDispatchMode):
         return pytree.tree_unflatten(results, pytree.tree_structure(found))
 
     def _own(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What torch's dispatcher takes for CUDA; the reference's result if that launched a kernel."""
+        """Run the op as registered for CUDA; if it launched a kernel, the result is the reference's."""
         before = self.num_kernels
         with self:
             found = func.redispatch(_CUDA, *args, **kwargs)

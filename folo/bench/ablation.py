@@ -1,19 +1,20 @@
 """What each of the engine's ideas is worth: the same work without it and with it, side by side in one run.
 
 - Continuous batching: the same prompts one at a time (max_num_seqs=1) and together. Prefix caching is off.
-- Paged KV, against memory reserved for the longest possible request. A reservation is simulated: it
-  gives each running sequence max_model_len slots, so capacity // max_model_len of them run at a time
-  (max_num_seqs), and its use is filled slots / (running * max_model_len). folo's use is filled slots /
-  slots of the blocks in use. Both are means over the steps. max_model_len is 768, exactly the longest
-  request of the workload: nothing is reserved that no request could ever need. The accounting does not
-  depend on weights, so this part runs on a model of next to nothing; it is counted, not timed.
-- Chunked prefill: a long prompt arrives while others decode. Latency is the time between two tokens of a
-  request; it is that of the next tokens of those others, as many in both arms, enough for the whole prefill.
-  The median shows the price: in chunks, most of those tokens share their step with one.
-- Prefix reuse: time to first token of a request whose prefix another has had, without and with the cache.
+- Paged KV, against memory reserved for the longest possible request. The baseline is simulated: each
+  running sequence has max_model_len slots, so capacity // max_model_len of them run at a time
+  (max_num_seqs), and its KV use is filled slots / (running * max_model_len). folo's is filled slots /
+  slots of the blocks in use. Both are means over the steps. max_model_len is 768, the longest request that
+  the workload can draw (512 in, 256 out), so nothing is reserved beyond need. The accounting does not
+  depend on weights, so this part runs on a one-layer model of zeros; it is counted, not timed.
+- Chunked prefill: a long prompt arrives while other requests decode. Measured is the time between two tokens
+  of those others, over their next tokens: as many in both arms, enough to span the whole prefill. The median
+  shows the price: with chunks, most of those tokens share their step with a chunk.
+- Prefix reuse: time to first token of a request that shares its prefix with an earlier one, without and
+  with the cache.
 
-Timed arms alternate and medians are reported, except for the long prefill, which each arm does once:
-machines are shared, so ratios count and times do not.
+Timed arms alternate and medians are reported; only the long prefill runs once per arm. Machines are shared,
+so the ratios count, not the times.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from folo.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """How much work each comparison does."""
 
     repeats: int = 3
     prompts: int = 16
@@ -90,7 +91,7 @@ class Bench:
         self.vocab_size = params.config.vocab_size
 
     def warm_up(self) -> None:
-        """The first steps of a process are slow; nobody measures them."""
+        """Run a few steps that are not measured: a process's first ones are slow."""
         self._run(self._state(False), [Arrival(0, self._request("warm up", 8, 4))])
 
     def batching(self, tokenizer: Any) -> tuple[list[Row], Samples]:
@@ -197,7 +198,7 @@ def _num_sampled(records: Sequence[StepRecord]) -> int:
 
 
 def _seconds(records: Sequence[StepRecord]) -> float:
-    """In `schedule` and `step`, without what it takes to record them."""
+    """Seconds in `schedule` and `step`, without the recording."""
     return sum(step.end - step.begin for step in records)
 
 
@@ -215,7 +216,7 @@ _COLOURS = (ORANGE, BLUE)
 
 
 def plot(samples: dict[str, Samples], decoders: int, path: str | os.PathLike[str]) -> None:
-    """One panel a feature, without it and with it. Needs matplotlib."""
+    """One panel per feature, without it and with it. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), dpi=150, layout="constrained")

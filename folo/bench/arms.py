@@ -15,7 +15,7 @@ Average = Callable[[Iterable[float]], float]
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. ratio: how many times better folo is. met: None where nothing was set as a target."""
+    """One comparison. ratio: how many times better folo is. met: whether that reaches the target, if any."""
 
     feature: str
     measure: str
@@ -27,7 +27,7 @@ class Row:
     met: bool | None = None
 
     def cells(self) -> list[str]:
-        """What stands below `HEADERS`."""
+        """The row's cells, in the order of `HEADERS`."""
         met = {None: "-", True: "yes", False: "NO"}[self.met]
         values = [
             (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + f" {self.unit}".rstrip()
@@ -46,7 +46,7 @@ def compare(
     lower: bool = False,
     at_least: float | None = None,
 ) -> Row:
-    """A row. lower: less is better. at_least: the ratio that is the target."""
+    """The row of one comparison. lower: less is better. at_least: the target for the ratio."""
     before, after = average(samples[BASELINE]), average(samples[WITH])
     ratio = before / after if lower else after / before
     row = Row(feature, measure, unit, before, after, ratio)

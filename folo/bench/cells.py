@@ -1,10 +1,10 @@
-"""One cell of the invariance matrix: requests, run in one of the many ways that may not matter.
+"""One cell of the invariance matrix: the same requests, run in one of the many ways that must not matter.
 
-arrival     one request alone in the engine after the other; all together; shuffled; one more each step
+arrival     one request after the other, each alone in the engine; all together; shuffled; one more each step
 budget      tokens of a step (max_num_batched_tokens)
-cache       no prefix cache; an empty one; one through which the same requests went before
-pool        ample, or so small that sequences are preempted over and over. A request alone has nobody to
-            preempt: those two levels are not combined.
+cache       no prefix cache; an empty one; one that the same requests have filled
+pool        ample, or so small that sequences are preempted over and over. A request alone preempts none,
+            so those two levels are not combined.
 threads     torch.set_num_threads
 history     plain; forked: half-way each sample is forked, and a child goes on in the place of its parent,
             or beside it; restored: half-way the state is saved, and goes on in a new process
@@ -65,7 +65,7 @@ REFERENCE = Cell("alone", 2048, 16, "off", "ample", 1, "plain", "eager")
 
 
 def array() -> list[Cell]:
-    """Cells in which any two levels that can meet do meet."""
+    """Cells that cover every pair of levels that can be combined."""
     return [Cell(**row) for row in pairwise(FACTORS, EXCLUDED)]
 
 
@@ -79,10 +79,10 @@ def every_cell() -> list[Cell]:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test, and what is asked of it.
+    """The model under test, and its requests.
 
-    model: where a new process finds it. small_pools: by block size, how many blocks make the requests
-    preempt one another.
+    model: where a new process finds it. small_pools: by block size, how many blocks are so few that the
+    requests preempt one another.
     """
 
     params: folo.Params
@@ -92,7 +92,7 @@ class Subject:
 
 
 class Output(NamedTuple):
-    """One continuation: its tokens, and its scores as text that is equal where all bits are."""
+    """One continuation: its tokens, and its logprobs and ranks as text, equal only if all bits are."""
 
     name: str
     token_ids: list[int]
@@ -146,7 +146,7 @@ def _step(mode: str) -> folo.Step:
 
 
 def _start(subject: Subject, cell: Cell, step: folo.Step) -> folo.EngineState:
-    """A state without requests. All of the cell's runs begin with it, so it is held: hence the reserve."""
+    """A state without requests. It is held, as all of the cell's runs begin with it: hence the reserve."""
     if cell.pool == "small":
         num_blocks = subject.small_pools[cell.block_size]
     else:  # for all samples, twice over
@@ -176,15 +176,15 @@ def _advance(
 ) -> folo.EngineState:
     """Step until all requests are in and no more than `left` tokens are still to come.
 
-    rate: how many of the coming requests are submitted before each step. each: what becomes of the state
-    after it.
+    rate: how many of the coming requests are submitted before each step. each: applied to the state after
+    each step.
     """
     waiting = deque(coming)
     while waiting or _to_come(state) > left:
         for _ in range(min(rate, len(waiting))):
             state = folo.submit(state, waiting.popleft())
         batch = folo.schedule(state)
-        if batch is None:  # what was to come is in flight
+        if batch is None:  # the tokens still to come are in flight
             assert state.flight is not None, "there is something to run"
             state = landed(state)
             continue
@@ -199,7 +199,7 @@ def _to_come(state: folo.EngineState) -> int:
 
 
 def _forked(state: folo.EngineState) -> folo.EngineState:
-    """Whatever is half-way has a child now. Where the prompt's length is odd, the child replaces it."""
+    """Fork every sample that is half-way. If the prompt's length is odd, children replace their parent."""
     for s in (*state.running, *state.waiting):
         request, child = s.origin.request, _name(s.id, s.origin.sample)
         if "#" in s.id or 2 * s.num_output < (request.sampling.max_tokens or 0) or _holds(state, child):
@@ -216,7 +216,7 @@ def _holds(state: folo.EngineState, id: str) -> bool:
 
 
 def _name(id: str, sample: int) -> str:
-    """Of a sample, and of the child that goes on in its place."""
+    """The name of a sample, and the id of the child that is forked from it."""
     return f"{id}#{sample}"
 
 
@@ -238,7 +238,7 @@ def _ended(state: folo.EngineState) -> Run:
 
 
 def _in_new_process(subject: Subject, cell: Cell, directory: Path) -> list[Run]:
-    """What the states saved in the directory come to."""
+    """Finish the states saved in the directory in a new process."""
     dtype = str(subject.params.dtype).removeprefix("torch.")
     job = {"model": subject.model, "dtype": dtype, "threads": cell.threads, "mode": cell.mode}
     (directory / "job.json").write_text(json.dumps(job))

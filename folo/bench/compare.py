@@ -1,8 +1,8 @@
 """`folo bench compare`: the same token ids through folo and through a peer, in turn: A B A B.
 
-Both run from one checkpoint, each in its own process and environment. The one whose turn it is not is
-stopped, so that no thread of it waits on the cores. What is quoted is the ratio of a pair of neighbouring
-runs, since a machine's speed drifts.
+Both run from one checkpoint, each in its own process and environment. While one runs, the other's process
+is stopped, so that its threads do not spin on the cores. Ratios are of neighbouring runs, since a machine's
+speed drifts.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One workload: `folo` and `peer` by pairs, in the unit that `_UNITS` has for it."""
+    """One workload: figures of `folo` and `peer`, pair by pair, in its unit (`_UNITS`)."""
 
     workload: str
     folo: tuple[float, ...]
@@ -123,7 +123,7 @@ class Comparison:
 
 
 def figure(name: str, prompts: Prompts, seconds: dict[str, float]) -> float:
-    """What is compared of a run of the workload `name`."""
+    """The figure of a run of workload `name`, in its unit (`_UNITS`)."""
     if name == "prefix":
         return seconds["total"]
     if name == "prefill":
@@ -134,7 +134,7 @@ def figure(name: str, prompts: Prompts, seconds: dict[str, float]) -> float:
 
 
 def interleave(workers: tuple[Worker, Worker], name: str, prompts: Prompts, pairs: int) -> Iterator[float]:
-    """Figures of both in turn, after a run of each to warm up, of some of the prompts if they are many."""
+    """Figures of both in turn. Each warms up first, on at most `_TO_WARM_UP` of the prompts."""
     for worker in workers:
         worker.serve(prompts[:_TO_WARM_UP], name == "prefix")
     for _ in range(pairs):
@@ -178,14 +178,14 @@ def register(commands: Any) -> None:
         nargs="+",
         choices=WORKLOADS,
         metavar="NAME",
-        help=f"of {', '.join(WORKLOADS)} (default: all that the peer has, but for nano)",
+        help=f"any of {', '.join(WORKLOADS)} (default: all that the peer has, except nano)",
     )
     parser.add_argument("--pairs", type=report.positive, default=_PAIRS, metavar="N")
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="keep the checkpoint that both run from, with the peer's own form of it; or run from the one "
-        "that is there",
+        help="where the checkpoint that both run from is kept, with the peer's own form of it; if there is "
+        "one already, run from it",
     )
     report.add_output_options(parser, plot=True)
     parser.set_defaults(run=_run)
@@ -222,7 +222,7 @@ def against(
             done = list[Comparison]()
             try:
                 _compare(own, other, names, config.vocab_size, pairs, done)
-            finally:  # who has no time for the rest is told how far it came
+            finally:  # if it is cut short, report what there is
                 if done:
                     versions = own.version, other.version
                     model = f"{config.architecture} in {dtype}, {threads} threads"
@@ -233,7 +233,7 @@ def against(
 def _compare(
     own: Worker, other: Worker, names: list[str], vocab_size: int, pairs: int, done: list[Comparison]
 ) -> None:
-    """Adds to `done` what there is of each workload, if it were but some of the pairs."""
+    """Append each workload to `done`: if it is cut short, with the pairs that are complete."""
     with tqdm(total=2 * len(names) * pairs, desc="Compare", unit="run") as bar:
         for name in names:
             values = list[float]()
@@ -271,7 +271,7 @@ def _report(
 
 @contextlib.contextmanager
 def _orderly_end() -> Iterator[None]:
-    """Signals that end a process raise here, as Ctrl-C does: a stopped engine would outlive it for good."""
+    """SIGTERM and SIGHUP raise, as Ctrl-C does, so that workers are closed: a stopped one would never end."""
     numbers = signal.SIGTERM, signal.SIGHUP
     before = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}
     try:
@@ -299,6 +299,6 @@ def _checkpoint(args: argparse.Namespace, kept: str | None) -> Iterator[Path]:
 
 
 def _add_tokenizer(model: str | None, path: Path) -> None:
-    """If there is one: converters look for it."""
+    """Save the model's tokenizer, if it has one: converters look for it."""
     with contextlib.suppress(folo.LoadError):
         folo.load_tokenizer(model).save_pretrained(path)

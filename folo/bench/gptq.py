@@ -1,8 +1,8 @@
 """`folo bench gptq`: layers of 4 bits in groups of 128 against the same in bfloat16, as ratios of one run.
 
 The four linear layers of a decoder layer of Qwen3-0.6B, on copies that together exceed the caches, and whole
-decode steps of a random model of its shape, whose output layer is bfloat16 in both. What is compared runs in
-turn; on a GPU it is replayed from CUDA graphs, and the clock is the device's.
+decode steps of a random model of its shape, whose output layer is bfloat16 in both. The two arms run in
+turn; on a GPU they are replayed from CUDA graphs and timed by the device's clock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from folo.ops.stacked import Weight
 BATCHES, CONTEXT = (1, 32), 256
 _COPIES = 16  # of a decoder layer: 31 MB each in bfloat16, 8 MB in 4 bits
 _ROUNDS = 5
-_RUNS = 20  # of a captured piece of work, that is too short for one to be timed
+_RUNS = 20  # replays of captured work that are timed together: one is too short
 _BITS = 4
 
 
@@ -50,7 +50,7 @@ class Ratio:
 def linears(
     shapes: Sequence[tuple[int, int]], batch: int, copies: int = _COPIES, device: str = "cpu"
 ) -> Ratio:
-    """Of one row or several through layers `[N, K]`, each on inputs of its own."""
+    """The ratio for `batch` rows through linear layers `[N, K]`, each with its own inputs."""
     numbers = torch.Generator(device).manual_seed(0)
     size = 2 * copies * sum(n * k for n, k in shapes)
     arenas = (Arena(size), Arena(size // 2)) if device == "cpu" else (None, None)
@@ -79,7 +79,7 @@ def linears(
 
 
 def _timed(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], float]:
-    """The seconds of a run; on a GPU, of one that is captured: launches would take longer than the work."""
+    """What times `run`; on a GPU, its captured graph, since launches would take longer than the work."""
     work = CudaGraphs().capture(run)[0] if device.type == "cuda" else run
 
     def seconds() -> float:
@@ -94,7 +94,7 @@ def _timed(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[]
 
 
 def steps(dense: folo.Params, quantised: folo.Params, batches: Sequence[int] = BATCHES) -> Iterator[Ratio]:
-    """Of whole decode steps."""
+    """The ratios for whole decode steps."""
     for batch in batches:
         yield _ratio("decode step", batch, _stepping(dense, batch), _stepping(quantised, batch))
 
@@ -136,7 +136,7 @@ def _run(args: argparse.Namespace) -> None:
     try:
         for ratio in _measured(dense, quantised, args.device):
             ratios.append(ratio)
-    finally:  # who has no time for the rest is told how far it came
+    finally:  # if it is cut short, report what there is
         _report(args, quantised, ratios)
 
 

@@ -1,8 +1,9 @@
 """`folo bench gpu`: everything that needs a GPU, in one command and within minutes.
 
-The tests marked `cuda`, the graph, throughput and GPTQ benchmarks, the invariance matrix, one process each.
-Each part has a time limit, and the next one begins whatever became of it. Needs pytest, and folo's checkout
-for the tests; nothing is fetched. `summary.json` says how each part ended, `log.txt` what it printed.
+One process each: the tests marked `cuda`; the latency, graph, throughput and GPTQ benchmarks; cells of the
+invariance matrix; a comparison with transformers. Each part has a time limit, and the next one begins
+however it ended. Needs pytest, and folo's checkout for the tests; nothing is fetched. `summary.json` says
+how each part ended, `log.txt` what it printed.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ _ROOT = Path(folo.__file__).parent.parent
 _SHAPE = ("--shape", "qwen3-0.6b")
 _TESTS = "tests/test_cuda.py"
 _SECONDS = 530  # for all parts together
-_TO_END = 20  # seconds that a part has when its time is up
+_TO_END = 20  # seconds that an interrupted part has to end
 _HANGING = 90  # seconds in one test, after which its stack is printed: no interrupt ends a kernel that hangs
 _TAIL = 6000  # characters of a part's output that are kept
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process: `python -m` these words, for at most so many seconds."""
+    """One process: `python -m` and the command's words, for at most `limit` seconds."""
 
     name: str
     command: tuple[str, ...]
@@ -97,7 +98,7 @@ def run(part: Part, limit: float, log: Path) -> Outcome:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # Who runs this in a shell's background has SIGINT ignored, and so would what it starts.
+            # A shell starts its background jobs with SIGINT ignored, and child processes inherit that.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         status = _end(process, limit)
@@ -108,7 +109,8 @@ def run(part: Part, limit: float, log: Path) -> Outcome:
 
 def _environment() -> dict[str, str]:
     # The CPU's kernels are of no use here, and take long to compile; several processes share its cores.
-    # Inductor has little to compile; where it does that in this process it would exchange Triton's assembler.
+    # Inductor has little to compile, so it may do that in its own process. There it would replace Triton's
+    # assembler, unless the environment names it.
     own = {"FOLO_CPU_ISA": cpu.REFERENCE, "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     found = find_spec("triton")
     for place in found.submodule_search_locations or () if found else ():
@@ -118,8 +120,11 @@ def _environment() -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen[bytes], limit: float) -> int | None:
-    """Its exit status; None if it had to be ended. Interrupted, it ends what it started, and says how far it
-    came: a peer that is stopped would stay, with all the memory that it took."""
+    """Wait for the process: its exit status, or None if it ran past the limit and was ended.
+
+    SIGINT comes first: then it reports what it has and ends its own processes. A stopped peer would stay,
+    with all its memory.
+    """
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -144,8 +149,8 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "gpu",
         help="everything that needs a GPU: tests, invariance, benchmarks",
-        description="Run the tests and benchmarks that need a CUDA device, within 9 minutes, and write their "
-        "results to a directory. Exits with 1 if a part failed.",
+        description="Run the tests and benchmarks that need a CUDA device, in little more than 9 minutes at "
+        "most, and write their results to a directory. Exits with 1 if a part failed.",
         allow_abbrev=False,
     )
     names = [part.name for part in parts(Path())]
@@ -173,7 +178,7 @@ def _run(args: argparse.Namespace) -> None:
         print(f"--- {part.name}", flush=True)
         outcomes.append(run(part, min(part.limit, left), args.out / "log.txt"))
         print(outcomes[-1].output, flush=True)
-        # After each part: should the machine be gone before the last one, the others are there.
+        # After each part, in case the machine is taken away before the last one.
         found = {"parts": [asdict(o) for o in outcomes], "gpu": report.gpu(torch.device("cuda"))}
         report.write_json(args.out / "summary.json", "gpu", found)
     print(table(outcomes))

@@ -1,10 +1,10 @@
 """`folo bench graph`: a decode step run eagerly, compiled, and replayed as a CUDA graph.
 
 For batches of 1 to 256 sequences and contexts of 128 to 8k tokens, on one model: the time from one step to
-the next while steps follow each other (p50 and p99, by the device's clock), what the host spends on one when
-the device waits for nothing, how many launches it makes, what capturing took, and the share of the floor:
-the time that reading the weights and the context once takes, at the rate that the same run measured for
-copying. Steps do not wait for their tokens in any of the three.
+the next while steps follow each other (p50 and p99, by the device's clock); the host's time for one, its
+waits for the device left out; how many launches it makes; what capturing took; and the share of the floor,
+which is the time to read the weights and the context once, at the rate of a copy measured in the same run.
+No step waits for its tokens, in any of the three modes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)
 MODES = ("eager", "inductor", "graph")
 _STEPS, _WARM = 60, 4
-MOST_STEPS = 2 * _STEPS  # that `measure` takes
+MOST_STEPS = 2 * _STEPS  # more than `measure` takes
 _MOST = 0.6  # of the device's memory: cells beyond it do not fit
 _COPIED = 1 << 30  # bytes
 _IDLE = 0.3  # seconds of work until an idle GPU runs at its full clock rate
@@ -61,7 +61,7 @@ class Cell:
 
     @property
     def share(self) -> float:
-        """Of the floor reached."""
+        """The floor over the median time: how near a step comes to it."""
         return self.floor / self.p50
 
 
@@ -119,7 +119,7 @@ def steps_of(mode: str, recorder: Recorder | None) -> folo.Step:
 def measure(
     params: folo.Params, state: folo.EngineState, mode: str, context: int, rate: float, recorder: Any = None
 ) -> Cell:
-    """Steps of one state, all of whose sequences decode; rate: bytes a second of the floor."""
+    """Time steps of a state whose sequences all decode. rate: bytes a second, for the floor."""
     step, clock, batch = steps_of(mode, recorder), Clock(params.device), len(state.running)
     before, begin = _reserved(params.device), time.perf_counter()
     state = _stepped(params, state, step)
@@ -159,7 +159,7 @@ def _stepped(params: folo.Params, state: folo.EngineState, step: folo.Step) -> f
 def _reserved(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
-    torch.cuda.empty_cache()  # as a capture does: what was free before is no difference to after
+    torch.cuda.empty_cache()  # as a capture does: else memory that was free before it would distort the count
     return torch.cuda.memory_reserved(device)
 
 
@@ -251,10 +251,10 @@ def _run(args: argparse.Namespace) -> None:
     try:
         for size in tqdm(sizes, desc="Graph", unit="size"):
             found[size] = measure_size(params, *size, rate)
-        for batch, context in sizes[: len(args.batches)]:  # they hardly depend on the context
+        for batch, context in sizes[: len(args.batches)]:  # launches hardly depend on the context
             own = found[batch, context]
             found[batch, context] = [with_launches(params, cell) for cell in own]
-    finally:  # who has no time for the rest is told how far it came
+    finally:  # if it is cut short, report what there is
         _report(args, params, rate, found)
 
 

@@ -1,7 +1,7 @@
 """`folo bench growth`: how the time of a decode step grows with the batch and with the context.
 
-A random model of four layers of Qwen3-0.6B's shape and 32k positions. The prompts are not computed: their
-blocks are filled with numbers, and the clock runs over decode steps alone. Beside each time stands what the
+A random model of four layers of Qwen3-0.6B's shape, a vocabulary of 32,000 and 32k positions. The prompts
+are not computed: their blocks hold constants. Only decode steps are timed. Beside each time stands what the
 roofline allows: for the linear layers and for attention, their bytes over the rate of reading memory or their
 operations over the rate of torch's matrix product, whichever takes longer. Both rates are measured between
 the steps.
@@ -33,7 +33,7 @@ _STEPS, _BLOCK_SIZE = 8, 16
 class Point:
     """A decode step of `batch` sequences of `context` tokens: medians of several, in seconds.
 
-    `roof` has the rates between the steps, and `bound` is the time that they allow.
+    roof: the rates measured between the steps. bound: the least time at those rates.
     """
 
     batch: int
@@ -44,7 +44,7 @@ class Point:
 
     @property
     def share(self) -> float:
-        """Of the roofline."""
+        """The bound over the time: how near a step comes to the roofline."""
         return self.bound / self.seconds
 
 
@@ -63,12 +63,12 @@ def bound(params: folo.Params, batch: int, context: int, roof: Roofline) -> floa
 
 def decoding(params: folo.Params, batch: int, context: int, steps: int) -> folo.EngineState:
     """A state in which `batch` sequences of about `context` tokens decode, for `steps` steps at least."""
-    tokens = 8192  # a step of the prompts; those that are ready early go on, by a token for each such step
+    tokens = 8192  # of prompts a step; a sequence that is ready early gains a token in each step after that
     longest = context + -(-batch * context // tokens) + steps + 2
     blocks = batch * -(-longest // _BLOCK_SIZE)
     cache = folo.CacheConfig(_BLOCK_SIZE, blocks, enable_prefix_caching=False)
     state = folo.init(params, cache, folo.SchedulerConfig(max_num_seqs=batch, max_num_batched_tokens=tokens))
-    state.heap.k.fill_(0.01)  # pages that nothing was written to would all be one
+    state.heap.k.fill_(0.01)  # untouched pages would all be the same page of zeros
     state.heap.v.fill_(0.01)
     endless = folo.SamplingParams(temperature=0, ignore_eos=True, max_tokens=None)
     for n in range(batch):

@@ -1,8 +1,8 @@
 """What a step costs on the host: schedule, prologue and epilogue, with no model between them.
 
-The engine's own functions run over a heap of two numbers a slot; in place of the device function, every row
-gets a random token. So only Python and numpy are timed, and a heap of a million blocks takes 256 MiB of
-address space.
+The engine's own functions run over a heap of four numbers a slot, two for K and two for V; in place of the
+device function, every row gets a random token. So only Python and numpy are timed, and a heap of a million
+blocks takes 256 MB of address space.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _VOCABULARY = 50_000
 
 @dataclass(frozen=True)
 class HostCost:
-    """Milliseconds a step, over a group of 16 steps, in which every sequence fills one block.
+    """Milliseconds a step in the fastest of many groups of 16 steps, in which every sequence fills a block.
 
-    Of many groups, the fastest: on a machine that is shared, the others measure its neighbours too.
-    `typical` is the total of the median group.
+    The fastest, since on a shared machine the others measure its neighbours too. `typical` is the total of
+    the median group.
     """
 
     num_seqs: int
@@ -54,7 +54,7 @@ class HostCost:
 
 
 class Host:
-    """Steps a state as `folo.step` does, with random tokens for the device function's, and a clock."""
+    """Steps a state as `folo.step` does, with random tokens in place of the device function, and a clock."""
 
     def __init__(self, vocab_size: int = _VOCABULARY) -> None:
         self._random, self._ids = random.Random(0), range(vocab_size)
@@ -142,7 +142,7 @@ def fork_cost(length: int = FORKED) -> float:
 
 
 def sweep(largest: int, progress: Any) -> list[HostCost]:
-    """The same work in pools of 1,000 blocks to `largest`, empty but for it, and full of cached blocks."""
+    """The same work in pools of 1,000 to `largest` blocks, with nothing cached and with all others cached."""
     costs, num_blocks = [], 1000
     while num_blocks <= largest:
         for cached in (0, num_blocks):
@@ -199,7 +199,7 @@ def register(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     gc.collect()
-    gc.freeze()  # not what a step allocates: the hundreds of thousands of objects that imports leave
+    gc.freeze()  # the hundreds of thousands of objects that imports leave are no part of a step
     pools = 2 * sum(10**e <= args.blocks for e in range(3, 10))
     with tqdm(total=pools + 2, desc="Host cost", unit="run") as progress:
         main = measure(2 * NUM_SEQS * LENGTH // BLOCK_SIZE, num_groups=8, repeats=20)

@@ -1,10 +1,10 @@
-"""The first promise as a matrix: the same requests under every way to run them give the same bits.
+"""The first promise as a matrix: the same requests give the same bits in every way to run them.
 
 The requests are real prompts, most of which share a prefix, each once greedy and once as `SAMPLES` seeded
 samples at temperature 1. In every cell (`folo.bench.cells`) their tokens and logprobs are compared, bit for
 bit, with those of each request alone.
 
-`folo bench invariance` runs a pairwise array of cells: any two levels that can meet do meet.
+`folo bench invariance` runs a pairwise array of cells: every two levels that can be combined are.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _QUESTIONS = {
     62: "\ndef ships(evening):\n    return",
     125: "\nA poem about bread and ships:",
 }
-_LONGEST_QUESTION = 12  # tokens; before it stands the beginning of the document
+_LONGEST_QUESTION = 12  # tokens; the beginning of the document comes before it
 _DOCUMENT = (
     "The lighthouse keeper counted the ships that passed each evening and wrote their names in a ledger. On "
     "calm days he could read the painted letters with his glass; in fog he listened for the bells. Once, in "
@@ -55,7 +55,7 @@ SMALL_POOLS = {8: 24, 16: 18, 32: 20, 64: 12}  # found by trying: each more than
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:
-    """Eight real prompts of 5 to 125 tokens; the last five share 46 or more."""
+    """Eight real prompts of 5 to 125 tokens; the last five share a prefix of 46 tokens or more."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -92,7 +92,7 @@ def requests(prompts: Iterable[Sequence[int]], samples: int = SAMPLES) -> tuple[
 
 @dataclass(frozen=True)
 class Result:
-    """A cell's run against the reference: counts, and what it took."""
+    """A cell's run against the reference: counts, and its seconds."""
 
     cell: Cell
     requests: int
@@ -113,7 +113,7 @@ class Result:
 
 
 def compare(subject: Subject, reference: Run, cell: Cell) -> Result:
-    """Run the cell; `reference` is what the `REFERENCE` gave."""
+    """Run the cell, and compare it with `reference`, the run of the cell `REFERENCE`."""
     begin = time.perf_counter()
     found = run(subject, cell)
     seconds = time.perf_counter() - begin
@@ -140,7 +140,7 @@ def compare(subject: Subject, reference: Run, cell: Cell) -> Result:
 def register(commands: Any) -> None:
     parser = commands.add_parser(
         "invariance",
-        help="the same requests under every way to run them: are the bits the same?",
+        help="whether the same requests give the same bits in every way to run them",
         description="Run the same requests under many combinations of arrival order, token budget, block "
         "size, prefix cache, block pool, threads, history and compilation, and compare tokens and logprobs "
         "with those of each request alone, bit for bit. Exits with 1 if anything differs.",
@@ -176,7 +176,7 @@ def _compare_all(args: argparse.Namespace, subject: Subject) -> None:
             for cell in cells:
                 results.append(compare(subject, reference, cell))
                 bar.update()
-    finally:  # who has no time for the rest is told how far it came
+    finally:  # if it is cut short, report what there is
         _report(args, subject, results)
     if any(result.fault for result in results):
         raise SystemExit(1)

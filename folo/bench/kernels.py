@@ -1,9 +1,8 @@
-"""`folo bench kernels`: what each op reaches of what the machine allows, op by op and shape by shape.
+"""`folo bench kernels`: how near each op comes to the roofline, shape by shape.
 
 The roofline is measured between an op's runs: the rate at which memory is read, and the rate of torch's
-product of two large matrices. An op's bound is the larger of its bytes over the one and its
-operations over the other. Every op runs on data that caches do not hold: on copies in turn that together
-exceed them.
+product of two large matrices. An op's bound is the larger of bytes / read rate and operations / product
+rate. Every op runs on data that caches do not hold: on copies in turn that together exceed them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from folo.model.load import DTYPES
 from folo.ops import kv_cache
 from folo.ops.memory import Arena
 
-_MOST = 400  # copies of an op's data, which come to BYTES where that takes fewer
+_MOST = 400  # copies of an op's data, unless fewer come to BYTES
 _REPEATS = 5
 _BLOCK_SIZE = 16
 _SMALL = 4 << 20  # bytes that are read in a tenth of a millisecond
@@ -70,7 +69,7 @@ CONTEXTS = (256, 4096)
 
 @dataclass(frozen=True)
 class Result:
-    """Of an op: the median time, bytes and operations, the rates between its runs, and the share of them."""
+    """One op: median seconds, bytes and operations, the rates between its runs, bound over seconds."""
 
     model: str
     op: str
@@ -83,7 +82,7 @@ class Result:
 
     @property
     def left(self) -> str:
-        """What stands between the op and the roofline, where it is more than a tenth."""
+        """What keeps the op from the roofline, if it reaches less than 90 % of it."""
         if self.share >= 0.9:
             return "-"
         if self.op == "attention":
@@ -160,7 +159,7 @@ def cases(shape: Shape, dtype: torch.dtype) -> list[tuple[str, str, Callable[[],
 def measure(
     shape: Shape, dtype: torch.dtype, rates: Callable[[], Roofline], each: Callable[[], object]
 ) -> list[Result]:
-    """rates: `Machine.now`. The share is the median of those of neighbouring runs."""
+    """rates: measures the roofline (`Machine.now`), before each timed run. Shares are medians of pairs."""
     results = []
     for op, text, make in cases(shape, dtype):
         calls, num_bytes, operations = make()
@@ -183,8 +182,8 @@ def register(commands: Any) -> None:
         "kernels",
         help="what each op reaches of the roofline",
         description="Time the linear layers and attention of two models, against the rates of reading memory "
-        "and of torch's matrix product, which are measured between their runs. The product is one in float32 "
-        "where torch is faster in that.",
+        "and of torch's matrix product, which are measured between their runs. The product is in float32 "
+        "where torch is faster with that.",
         allow_abbrev=False,
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
@@ -195,7 +194,7 @@ def register(commands: Any) -> None:
 def plot(results: list[Result], roof: Roofline, dtype: str, path: str) -> None:
     """Operations a second against operations a byte, under the roofline of the whole run.
 
-    A point stands as far below it as the op stood below the rates of its moment.
+    A point lies as far below it as the op did below the rates measured beside it.
     """
     from matplotlib.figure import Figure
 

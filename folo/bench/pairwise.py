@@ -1,4 +1,4 @@
-"""Covering arrays of strength two: few rows in which any two levels that may stand together do so.
+"""Covering arrays of strength two: few rows that together hold every allowed pair of levels.
 
 Most faults that a combination of settings brings out need no more than two of them, and all pairs fit into
 about as many rows as the two largest factors have combinations. Greedy, a row at a time, after AETG (Cohen,
@@ -69,7 +69,7 @@ def _row(
     banned: Collection[Pair],
     wanted: Collection[Pair] = (),
 ) -> list[Choice]:
-    """A row that holds this pair, and of the others, group by group, what covers the most; [] if none may."""
+    """A row that holds this pair, completed group by group by what covers the most; [] if no row may."""
     start, taken = list(dict.fromkeys(around)), {factor for factor, _ in around}
     rest = [group for group in groups if group[0][0] not in taken]
     return [] if around in banned else _completed(start, rest, banned, wanted)

@@ -26,9 +26,9 @@ Step = Callable[[Params, EngineState, Batch], tuple[EngineState, Any]]
 class Chunk:
     """A sequence's part in a step: its tokens from `start` up to `end` were computed.
 
-    track: the request's id, with the sample if it has several. decode: one token, of the output, after
-    all before it; anything else is prefill. cached: tokens before `start` that were found when the
-    sequence was admitted by this step. sampled: a token came out.
+    track: the request's id, with the sample if it has several. decode: it is one output token, and all
+    before it are computed; anything else is prefill. cached: tokens before `start` that were there when
+    this step admitted the sequence; 0 if it did not. sampled: a token came out.
     """
 
     track: str
@@ -48,8 +48,8 @@ class Chunk:
 class StepRecord:
     """One step in plain numbers and strings: holding it pins no blocks.
 
-    begin, end: seconds. waiting: the tracks that nothing was computed for: not admitted yet, or running
-    without a block or budget to go on. preempted: those sent back to the queue. stats: of the state after.
+    begin, end: seconds. waiting: tracks for which nothing was computed: not admitted yet, or running
+    without a block or budget to go on. preempted: tracks sent back to the queue. stats: of the state after.
     """
 
     begin: float
@@ -142,7 +142,7 @@ def lanes(records: Items[StepRecord]) -> dict[str, list[Span]]:
     Each prefill chunk is a span; decode steps in a row are one; "preempted" lasts until re-admission.
     """
     found: dict[str, list[Span]] = {}
-    again: set[str] = set()  # tracks that were preempted, and are not back at decoding
+    again: set[str] = set()  # tracks that were preempted, and do not decode again yet
     for number, step in enumerate(records):
         for chunk in step.chunks:
             found.setdefault(chunk.track, [])

@@ -29,11 +29,11 @@ BLUE, SKY, YELLOW, ORANGE = "#0072B2", "#56B4E9", "#F0E442", "#E69F00"
 GREEN, RED, GREY, LIGHT = "#009E73", "#D55E00", "#C8C8C8", "#E8E8E8"
 
 _CPUINFO = Path("/proc/cpuinfo")
-_NUMBER = frozenset("0123456789+-.<>")  # what a cell of a column of numbers begins with
+_NUMBER = frozenset("0123456789+-.<>")  # a column whose cells all begin with one of these is flush right
 
 
 def environment(params: Params | None = None) -> dict[str, Any]:
-    """What fixes a result's bits and its speed: the machine, the versions and, of `params`, the dtype.
+    """What decides a result's bits and speed: the machine, the versions and, with `params`, the dtype.
 
     Plain values, ready for JSON. `gpu` and `driver` are there if the parameters lie on a CUDA device.
     """
@@ -104,7 +104,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def add_output_options(parser: argparse.ArgumentParser, plot: bool) -> None:
-    """--json FILE and, if the benchmark draws one, --plot FILE; refused at once if they cannot be there."""
+    """--json FILE and, with `plot`, --plot FILE; a path that cannot be written to is refused at once."""
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write results and environment as JSON"
     )
@@ -174,7 +174,7 @@ def plot_file(name: str) -> Path:
     path = output_file(name)
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise argparse.ArgumentTypeError(f"{name}: expected a name that ends in .png, .svg or .pdf")
-    if importlib.util.find_spec("matplotlib") is None:  # said before the minutes that it takes, not after
+    if importlib.util.find_spec("matplotlib") is None:  # refused now, not after minutes of work
         raise argparse.ArgumentTypeError("a picture needs matplotlib: pip install 'folo[bench]'")
     return path
 
@@ -189,7 +189,7 @@ def _cpu_name() -> str:
 
 
 def _num_cores() -> int:
-    """Those that this process may use."""
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

@@ -1,6 +1,6 @@
 """What the machine allows: the rates at which it reads memory and multiplies, by torch.
 
-They are measured beside everything that is held against them: what a shared machine's memory gives may
+They are measured beside everything that is compared with them: a shared machine's memory bandwidth may
 halve from one second to the next.
 """
 
@@ -34,8 +34,11 @@ class Roofline:
 
 
 class Machine:
-    """Reads what no cache holds, and multiplies two large matrices: in float32 where torch is faster in that,
-    as with bfloat16 on a CPU that has no instruction for it."""
+    """Measures the rates: reads more than caches hold, and multiplies two large matrices.
+
+    These are in float32 where torch multiplies that faster than `dtype`: bfloat16 on a CPU without
+    instructions for it.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self._read = torch.ones(BYTES // 8, dtype=torch.int64).max

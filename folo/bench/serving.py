@@ -25,7 +25,7 @@ from folo.bench import report
 
 REPEATS = 5
 WORKLOADS = ("latency", "throughput", "mixed", "prefix", "prefill", "nano")
-_IDS = (100, 40_000)  # token ids are drawn from here, or from where the vocabulary ends: none is special
+_IDS = (100, 40_000)  # the range of token ids, cut off where the vocabulary ends: none of them is special
 _BLOCK_SIZE = 16
 
 Prompts = list[tuple[list[int], int]]  # token ids, and how many tokens to generate
@@ -58,7 +58,7 @@ def workload(name: str, vocab_size: int) -> Prompts:
 
 @dataclass(frozen=True)
 class Run:
-    """A workload from the first submit to the last token. Seconds; `steps` are (seconds, tokens) each."""
+    """A workload from the first submit to the last token, in seconds. steps: (seconds, tokens) of each."""
 
     total: float
     first_token: float
@@ -83,7 +83,7 @@ class Run:
 
 
 def empty(params: folo.Params, prompts: Prompts) -> folo.EngineState:
-    """A state with room for a workload. All runs may begin from one: it stays empty, its cache too."""
+    """A state with room for a workload. All runs can start from it: it stays empty, as does its cache."""
     num_blocks = sum(-(-(len(ids) + wanted) // _BLOCK_SIZE) for ids, wanted in prompts)
     tokens = 8192 if params.device.type == "cuda" else 2048  # of a step
     scheduler = folo.SchedulerConfig(max_num_batched_tokens=tokens)
@@ -111,7 +111,7 @@ def serve(params: folo.Params, state: folo.EngineState, prompts: Prompts, step: 
     return Run(end - begin, first, tuple(steps), num_prompt, num_output)
 
 
-# What each benchmark shows of its workloads: heading, and the number in a run.
+# The columns of each benchmark's table: heading, and its value for a run.
 _Figure = tuple[str, Callable[[Run], float]]
 _FIGURES: dict[str, tuple[_Figure, ...]] = {
     "latency": (
@@ -168,10 +168,10 @@ def register(commands: Any) -> None:
             parser.add_argument(
                 "--workload",
                 choices=("nano",),
-                help="instead: 256 requests of 100 to 1,024 tokens in and out, also through transformers' "
-                "continuous batching (as folo bench compare does it)",
+                help="instead: 256 requests of 100 to 1,024 tokens in and out, beside transformers' "
+                "continuous batching (as in folo bench compare)",
             )
-            parser.add_argument("--alone", action="store_true", help="of that workload, only folo's part")
+            parser.add_argument("--alone", action="store_true", help="run that workload through folo alone")
         parser.add_argument("--repeats", type=report.positive, default=REPEATS, metavar="N")
         report.add_output_options(parser, plot=True)
         parser.set_defaults(run=partial(_run, name))
@@ -182,7 +182,7 @@ def _run(name: str, args: argparse.Namespace) -> None:
     if getattr(args, "workload", None):
         names = (args.workload,)
         if not args.alone:
-            from folo.bench import compare  # here, since it runs what is defined above
+            from folo.bench import compare  # here, since it imports this module
 
             compare.against("transformers", sys.executable, [*names], args.repeats, None, args)
             return
@@ -200,7 +200,7 @@ def _run(name: str, args: argparse.Namespace) -> None:
                         own.append(run)
                         runs[workload_name] = own
                     bar.update()
-    finally:  # who has no time for the rest is told how far it came
+    finally:  # if it is cut short, report what there is
         _report(name, args, params, runs)
 
 

@@ -77,8 +77,8 @@ def _complete(
 
 
 _COLOURS = {"prefill": ORANGE, "decode": GREEN, "wait": GREY, "preempted": RED}
-_SHORTEST = 48  # tokens of the longest request: below, the mix has no room for its parts
-_MOST_LANES = 40  # more would not be told apart
+_SHORTEST = 48  # tokens that the longest request has at least: with fewer, its parts have no room
+_MOST_LANES = 40  # more could not be told apart
 
 
 def plot(records: Sequence[StepRecord], path: str | os.PathLike[str]) -> None:
@@ -112,7 +112,7 @@ def plot(records: Sequence[StepRecord], path: str | os.PathLike[str]) -> None:
 
 
 def _finish(panel: Axes, title: str, reverse: bool = False) -> None:
-    """Title and legend, the latter beside the panel; reversed, in the order of areas from the top."""
+    """A title, and a legend beside the panel. reverse: list its areas from the top down."""
     panel.set_title(title, loc="left", fontsize="medium")
     panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, reverse=reverse)
 

@@ -116,7 +116,7 @@ def pressure(count: int, longest: int, vocab_size: int, seed: int = 0) -> list[A
 
 
 def miniature(num_positions: int = 1024, vocab_size: int = 64) -> Params:
-    """A decoder of one narrow layer, all zeros: for what weights have no part in, such as accounting."""
+    """A decoder of one narrow layer, all zeros: for what does not depend on weights, such as accounting."""
     config = DecoderConfig(
         architecture="LlamaForCausalLM",
         vocab_size=vocab_size,
@@ -172,7 +172,7 @@ QWEN3_600M = DecoderConfig(
 
 
 class _RandomWeights:
-    """A checkpoint of normal weights, or of random codes if it has bits, and of norms that are 1."""
+    """A checkpoint of normally distributed weights; with `bits`, random codes for the layers. Norms are 1."""
 
     def __init__(self, seed: int, device: torch.device, bits: int | None) -> None:
         self._numbers = torch.Generator(device).manual_seed(seed)
@@ -191,7 +191,7 @@ class _RandomWeights:
 
 
 def random_grouped(n: int, k: int, bits: int, numbers: torch.Generator) -> Grouped:
-    """A weight `[N, K]` of random codes in groups of 128, of the size that `random_model` has."""
+    """A weight `[N, K]` of random codes in groups of 128, as large as the normal ones of `random_model`."""
     device = numbers.device
     groups = torch.arange(k, device=device) // 128
     codes = torch.randint(2**bits, (n, k), generator=numbers, dtype=torch.uint8, device=device)
@@ -204,8 +204,10 @@ def random_grouped(n: int, k: int, bits: int, numbers: torch.Generator) -> Group
 def random_model(
     config: DecoderConfig, seed: int = 0, bits: int | None = None, device: torch.device | str = "cpu"
 ) -> Params:
-    """A decoder of random weights, packed where there is a layout, or of so many bits: for what they cost,
-    not what they say."""
+    """A decoder of random weights, packed where the kernels have a layout; with `bits`, of quantised layers.
+
+    For measuring what it costs: its outputs mean nothing.
+    """
     device = torch.device(device)
     weights = _RandomWeights(seed, device, bits)
     return assemble(weights, config, device, pack=True, use_tqdm=False)

@@ -27,7 +27,7 @@ class Weights(Protocol):
 
 
 class Checkpoint(Weights, Protocol):
-    """Weights on disk, and the decoder that they are of."""
+    """Weights on disk, and the decoder that they belong to."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -40,7 +40,7 @@ class Checkpoint(Weights, Protocol):
         ...
 
     def parts(self, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
-        """What has to be stored, by the file's own names, for the tensor that transformers calls `name`."""
+        """The shapes, by the file's own names, of what has to be stored for transformers' tensor `name`."""
         ...
 
     def config(self, dtype: torch.dtype) -> DecoderConfig:

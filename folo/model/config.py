@@ -41,7 +41,7 @@ _DEFAULT_EOS = {
     "Qwen2ForCausalLM": [],
     "Qwen3ForCausalLM": [],
 }
-# Keys of generation_config.json, and the names that they have here; greedy decoding heeds the first.
+# generation_config.json's keys, and folo's names for them. Greedy decoding uses GREEDY_DEFAULTS alone.
 GREEDY_DEFAULTS = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
 SAMPLING_DEFAULTS = GREEDY_DEFAULTS | {key: key for key in ("temperature", "top_k", "top_p", "min_p")}
 _MOST_LAYERS = 10_000  # a corrupt file may claim any number, and merely to name their weights takes memory
@@ -51,8 +51,8 @@ _MOST_LAYERS = 10_000  # a corrupt file may claim any number, and merely to name
 class RopeConfig:
     """Rotary position embedding: `theta`, and the llama3 frequency scaling if `type == "llama3"`.
 
-    `freq_factors`, E/2 of them or none, divide the frequencies: the form in which a GGUF file holds a
-    scaling that was worked out when it was made (its tensor `rope_freqs.weight`).
+    `freq_factors`, E/2 of them or none, divide the frequencies. In this form a GGUF file holds a scaling
+    (its tensor `rope_freqs.weight`), computed when the file was made.
     """
 
     type: str = "default"
@@ -107,13 +107,13 @@ class DecoderConfig:
 
         Keys that are absent have the defaults of transformers' configuration class. `generation` is
         `generation_config.json`: its end-of-sequence ids join those of `config`, and its sampling values and
-        `max_new_tokens` become `sampling_defaults`, as with vLLM's `--generation-config auto`. Where it says
-        `"do_sample": false` the last and the repetition penalty alone are kept: transformers, too, ignores
-        the others.
+        `max_new_tokens` become `sampling_defaults`, as with vLLM's `--generation-config auto`. With
+        `"do_sample": false`, only `max_new_tokens` and the repetition penalty are kept: transformers, too,
+        ignores the others.
 
         Raises:
-            LoadError: the architecture, or something that it asks for, is not supported; or a required key
-                is missing or makes no sense.
+            LoadError: the architecture or a setting is not supported; or a required key is missing or
+                makes no sense.
         """
         architecture = _architecture(config)
         config = {**CLASS_DEFAULTS[architecture], **config}
@@ -150,7 +150,7 @@ class DecoderConfig:
 
     @property
     def kv_per_token(self) -> int:
-        """How many numbers the K and V of a token are, in all layers."""
+        """Elements of one token's K and V, in all layers together."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     def inv_freq(self) -> Tensor:
@@ -192,7 +192,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _refuse_unsupported(config: Mapping[str, Any], architecture: str) -> None:
-    """What would change the model's outputs if it were ignored."""
+    """Raises LoadError for settings that would change the model's outputs if they were ignored."""
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise LoadError(f"hidden_act is {activation!r}: only 'silu' is supported.")
@@ -238,7 +238,7 @@ def _rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
 
 
 def _eos_token_ids(config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """Generation's ids, then those that only `config` has; the class default where both are silent."""
+    """Generation's ids, then those that only `config` has; the class default if both lack the key."""
     ids = [*token_ids(generation, "eos_token_id"), *token_ids(config, "eos_token_id")]
     if not ids and "eos_token_id" not in config:
         ids = _DEFAULT_EOS[_architecture(config)]
@@ -267,12 +267,12 @@ def typed(config: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 def flag(config: Mapping[str, Any], key: str) -> bool:
-    """`config[key]`; False where it is absent or null. Raises LoadError naming the key ("false" is true)."""
+    """`config[key]`; False where it is absent or null. Raises LoadError naming the key if it is no bool."""
     return bool(typed(config, key, bool))
 
 
 def token_ids(config: Mapping[str, Any], key: str) -> list[int]:
-    """`config[key]`, one token id, a list of them, or none. Raises LoadError naming the key."""
+    """`config[key]` as a list: one token id, several, or none. Raises LoadError naming the key."""
     value = config.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):

@@ -29,8 +29,8 @@ def export(params: Params, path: str | os.PathLike[str]) -> None:
     of `params`: `folo.load_tokenizer(model).save_pretrained(path)` adds it.
 
     Raises:
-        ConfigError: config.json has no words for this decoder, or for layers that are quantised in more than
-            one way; nothing is written.
+        ConfigError: config.json cannot express this decoder, or layers that are quantised in more than one
+            way; nothing is written.
         OSError: the files cannot be written.
     """
     decoder = params.described
@@ -97,7 +97,7 @@ def _plain(weight: Tensor | Packed) -> Tensor:
 
 
 def _quantization_config(params: Params) -> dict[str, Any]:
-    """For config.json. Raises ConfigError if it is not the same for all quantised layers."""
+    """Its value in config.json. Raises ConfigError if it would not be the same for all quantised layers."""
     split = (_split(linear.weight, list(names.values())) for names, linear in _linears(params))
     found = gptq.described([part for parts in split for part in parts if isinstance(part, Grouped)])
     if found is None:

@@ -104,7 +104,7 @@ class GGUFFile:
         return f"blk.{layer}.{_LAYER_NAMES[part]}.{kind}"
 
     def config(self, dtype: torch.dtype) -> DecoderConfig:
-        """From the metadata keys of the format's document; biases and tied embeddings from the tensors."""
+        """From the metadata keys that the format defines; biases and tied embeddings from the tensors."""
         arch = self._metadata.get("general.architecture")
         if arch not in _ARCHITECTURES:
             raise LoadError(f"Unsupported GGUF architecture: {arch}. Supported: {', '.join(_ARCHITECTURES)}.")
@@ -194,7 +194,7 @@ class GGUFFile:
         return factors
 
     def _refuse_unsupported(self, arch: str, head_dim: int, context: int) -> None:
-        """What would change the model's outputs if it were ignored."""
+        """Raises LoadError for metadata that would change the model's outputs if it were ignored."""
         scaling = self._metadata.get(f"{arch}.rope.scaling.type", "linear")  # as llama.cpp takes it
         linear = self._metadata.get(f"{arch}.rope.scale_linear")  # the factor's older name
         factor = self._metadata.get(f"{arch}.rope.scaling.factor", linear)

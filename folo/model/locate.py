@@ -29,7 +29,7 @@ def locate(model: str | os.PathLike[str] | None, weights: bool = True) -> Path:
         path = Path(model).expanduser()
         if path.exists():
             return path
-    except (OSError, RuntimeError) as error:  # a name too long, a home that there is not
+    except (OSError, RuntimeError) as error:  # a name that is too long, or the home of an unknown user
         raise LoadError(f"There is no such path: {os.fspath(model)} ({error})") from error
     if not isinstance(model, str) or _looks_like_path(model):
         raise LoadError(f"There is no such path: {os.fspath(model)}")

@@ -62,8 +62,8 @@ LINEARS = {
 
 
 def in_groups(layers: Iterable[tuple[Layer, Tensor]]) -> tuple[list[Tensor], list[int]] | None:
-    """`layers_with_next_norm` as `ops.decoder_layers` takes them: tensors in groups, one after the other, and
-    how many each group has; None if a weight is not for it."""
+    """`layers_with_next_norm` as `ops.decoder_layers` takes them: the tensors, group after group, and the
+    size of each group; None if it does not take one of the weights."""
     groups: list[list[Tensor]] = []
     for layer, next_norm in layers:
         weights = [linear.weight for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
@@ -113,15 +113,14 @@ class Params:
 
     @property
     def described(self) -> DecoderConfig:
-        """`config`, in the dtype that the weights have: a map over them may have given them another."""
+        """`config` with the weights' dtype, which a map over the tree may have changed."""
         return replace(self.config, dtype=self.dtype)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the architecture and every weight's name, dtype, shape and bytes. Reads them all.
 
-        Packed weights have the fingerprint of the plain ones; of quantised ones it is all that they are
-        made of.
+        Packed weights have the fingerprint of the plain ones; quantised ones count with all their tensors.
         """
         digest = sha256(repr(self.described).encode())
         for path, leaf in pytree.tree_leaves_with_path(self, is_leaf=_is_packed):
@@ -132,12 +131,13 @@ class Params:
 
     @cached_property
     def inv_freq(self) -> Tensor:
-        """`new_inv_freq`, once.
+        """`new_inv_freq`, computed once.
 
-        A compiler takes them as an input, and has to find them there: its own code would round otherwise.
+        A compiled graph takes the frequencies as an input, so they have to exist before it is made: a
+        compiler's own code would round them differently.
         """
         assert not torch.compiler.is_compiling(), "read params.inv_freq once before compiling"
-        with torch.inference_mode(False):  # whoever reads them first, others read them in other modes
+        with torch.inference_mode(False):  # later readers may be in another mode than the first
             return self.new_inv_freq()
 
     def new_inv_freq(self) -> Tensor:
@@ -156,7 +156,7 @@ class Params:
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights in memory, but for the padding of packed ones."""
+        """Bytes of the weights in memory, without the padding of packed ones."""
         return sum(_num_bytes(weight) for weight in _weights(self))
 
 

@@ -54,7 +54,7 @@ class SafetensorsDirectory:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """What config.json says; the type of the first tensor if it says nothing."""
+        """What config.json says; if it says nothing, the dtype of the first floating tensor, or float32."""
         name = typed(self._config, "dtype", str) or typed(self._config, "torch_dtype", str)
         if name is None:
             floats = (dtype for dtype in self._dtypes.values() if dtype.is_floating_point)
@@ -75,7 +75,7 @@ class SafetensorsDirectory:
         return {f"{module}.{kind}": part for kind, part in parts.items()}
 
     def config(self, dtype: torch.dtype) -> DecoderConfig:
-        """Quantisers add biases where the architecture has none, and untie an output layer to quantise it."""
+        """From config.json; with GPTQ, also biases and an untied output layer that a quantiser added."""
         config = DecoderConfig.from_hf(self._config, self._generation, dtype)
         self._refuse_other_head(config)
         if self._scheme is None:
@@ -93,7 +93,7 @@ class SafetensorsDirectory:
         )
 
     def _refuse_other_head(self, config: DecoderConfig) -> None:
-        """transformers takes the output layer that is stored, whatever tie_word_embeddings says."""
+        """Raises LoadError if a tied output layer is not the embedding: transformers takes what is stored."""
         shape = (config.vocab_size, config.hidden_size)
         if not config.tie_word_embeddings or _HEAD not in self._files or self._shapes.get(_EMBED) != shape:
             return
@@ -131,8 +131,8 @@ class SafetensorsDirectory:
             out[rows] = self._rows(name, rows).to(out.device)
 
     def _rows(self, name: str, rows: slice) -> Tensor:
-        # Opened anew for each slab: the file is memory-mapped, and the pages that were read stay
-        # resident, a second copy of the weights, until it is unmapped.
+        # Opened anew for each slab: the file is memory-mapped, and until it is unmapped the pages that
+        # were read stay resident, a second copy of the weights.
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_slice(name)[rows]
 

@@ -14,7 +14,7 @@ from folo.errors import LoadError
 from folo.model.gguf import read_metadata
 from folo.model.locate import locate
 
-if TYPE_CHECKING:  # imported where a tokenizer is made: to import folo is half a second faster
+if TYPE_CHECKING:  # imported where a tokenizer is made: `import folo` is half a second faster
     from transformers import PreTrainedTokenizerBase
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's llama_token_type
@@ -72,8 +72,8 @@ def load_tokenizer(model: str | os.PathLike[str] | None = None) -> PreTrainedTok
 
 
 def _from_directory(path: Path) -> PreTrainedTokenizerBase:
-    """`tokenizer.json` is taken as it stands: for some classes that a configuration may name, AutoTokenizer
-    builds the pre-tokenizer anew, and SmolLM2 would lose its individual digits."""
+    """`tokenizer.json` is taken as it stands: for some of the classes that a configuration names,
+    AutoTokenizer rebuilds the pre-tokenizer, and SmolLM2's would no longer split digits."""
     if not (path / "tokenizer.json").exists():
         return _by_its_class(path)
     from transformers import PreTrainedTokenizerFast
@@ -100,7 +100,7 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerBase:
         for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items()
     }
     special = {role: tokens[index] for role, index in ids.items() if index is not None}
-    if kind == "llama":  # sentencepiece, which transformers rebuilds; not each of them finds all in the file
+    if kind == "llama":  # sentencepiece, rebuilt by transformers, whose versions do not all find every token
         tokenizer: Any = _by_its_class(path.parent, gguf_file=path.name)
         for role, token in special.items():
             setattr(tokenizer, role, token)
@@ -119,7 +119,7 @@ def _from_gguf(path: Path) -> PreTrainedTokenizerBase:
 def _space_as_sentencepiece(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:
     """A space before every text, and behind every special token, unless the file says otherwise.
 
-    transformers adds none where the text begins with one already, and has no eye for the file's flag.
+    transformers adds none where the text begins with one already, and ignores the file's flag.
     """
     spaces: list[Any] = [normalizers.Replace(" ", "▁")]
     pieces: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -155,7 +155,7 @@ def _byte_level_bpe(path: Path, metadata: dict[str, Any]) -> Tokenizer:
 
 
 def _ends(metadata: dict[str, Any], add_bos: bool) -> processors.TemplateProcessing:
-    """What stands before and behind a text. `add_bos`: if the file does not say."""
+    """The tokens to add before and behind a text. add_bos: whether to, if the file does not say."""
 
     def added(role: str, default: bool) -> dict[str, int]:
         index = metadata.get(f"tokenizer.ggml.{role}_token_id")

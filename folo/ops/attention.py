@@ -23,11 +23,12 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Te
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute attention, and what it asks for.
+    """A way to compute attention, and what it needs.
 
     op: None for folo's own kernels, `folo.ops.paged_attention`.
-    lacks: why it cannot be had on a device with a dtype, or None. breaks: the promise that it is not known to
-    keep. page_size: what block sizes have to be a multiple of. head_dims: those that it takes.
+    lacks: why it cannot run on a device in a dtype, or None if it can. breaks: why it is not known to keep
+    folo's promise of invariance, or None. page_size: block sizes have to be a multiple of it. head_dims:
+    those that it takes.
     """
 
     op: Attention | None
@@ -43,7 +44,7 @@ def _varlen(
     """torch's, without split-KV: where that splits depends on the longest sequence of a batch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = block_tables.shape[1] * k.shape[1]  # bounds that need no look at the device
+    longest = block_tables.shape[1] * k.shape[1]  # a bound that needs no value from the device
     call: Any = varlen_attn  # whose parameters depend on the version
     return call(
         *(q, k, v, query_start, None, q.shape[0], longest),
@@ -59,7 +60,7 @@ def _varlen(
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, block_tables: Tensor, query_start: Tensor, seq_lens: Tensor, scale: float
 ) -> Tensor:
-    """flash-attn's decoding kernel, to which each row is a sequence of its own: a prefill is slow."""
+    """flash-attn's decoding kernel, given each row as a sequence of its own: slow for a prefill."""
     from flash_attn import flash_attn_with_kvcache  # pyright: ignore[reportMissingImports]
 
     row = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)
@@ -140,8 +141,8 @@ def attention_backend(
 ) -> str:
     """The backend that `attention=name` stands for.
 
-    "auto" is folo's own: "triton" on CUDA, "cpu" on a CPU; "reference" where there is neither, which looks at
-    the device in every step, so that no graph can hold it.
+    "auto" is folo's own: "triton" on CUDA, "cpu" on a CPU; else "reference", which reads values from the
+    device in every step, so that no graph can hold it.
 
     Raises:
         ConfigError: an unknown name; one that cannot be had here, for this block size or for this head_dim;

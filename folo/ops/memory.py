@@ -1,4 +1,4 @@
-"""Host memory for large tensors, as anonymous mappings: pages that nothing was written to take none."""
+"""Host memory for large tensors, as anonymous mappings: pages take memory only once they are written to."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class Arena:
-    """Places for tensors that stay, one beside the other in huge pages, if the system has any.
+    """Memory for tensors that stay, side by side in huge pages, if the system has any.
 
-    What is read from end to end is read a few percent faster from them: a CPU looks ahead within a page.
+    Reading it from end to end is a few percent faster: a CPU prefetches within a page.
 
     Args:
-        size: bytes that are going to be taken, as well as they are known. More are found when needed.
+        size: an estimate of the bytes that will be taken. More are mapped when needed.
     """
 
     def __init__(self, size: int) -> None:
@@ -44,7 +44,7 @@ class Arena:
 
 
 def give_back() -> None:
-    """Return to the system what malloc holds free, where it is glibc's: it would keep it for later."""
+    """Return malloc's free memory to the system, if it is glibc's: it would keep that for later."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -53,7 +53,7 @@ class Grouped:
 
 
 def joined(weights: list[Grouped]) -> Grouped:
-    """One below the other; each of them `joins` the first."""
+    """The weights stacked, the first on top; each of them `joins` the first."""
     first = weights[0]
     return Grouped(
         torch.cat([weight.codes for weight in weights]),
@@ -74,8 +74,8 @@ class Quantized:
     scales, zeros: float16 and uint8 `[ceil(N / 16), S, 16]`, for each span: of 4 blocks if every group begins
         at a multiple of 4, else of 2 if each begins at one of 2, else of 1. Kernels need not know of groups.
     groups: int32 `[S]`, the group of each span.
-    columns: int64 `[32 B]`, the column that stands at each place, K where none does; None if they stand in
-        their own order, and none beyond the last.
+    columns: int64 `[32 B]`, the column at each place, K at an empty one; None if the columns are in order and
+        empty places come last.
     num_groups: those of `Grouped`, some of which may have no column, and so no span.
     """
 
@@ -115,7 +115,7 @@ class Quantized:
         return stored(self.codes, self.scales, self.zeros, dtype)[: self.shape[0], self._places()]
 
     def grouped(self) -> Grouped:
-        """The weight as `quantized` got it, but for groups that have no column: scales and zeros 0."""
+        """The weight as `quantized` got it; groups without a column have scales and zeros of 0."""
         n = self.shape[0]
         places, groups = self._places(), self.groups.long()
         scales, zeros = self.scales.new_zeros(self.num_groups, n), self.zeros.new_zeros(self.num_groups, n)
@@ -170,7 +170,7 @@ def quantized(weight: Grouped, arena: Arena | None = None) -> Quantized:
 
 
 def span_blocks(codes: Tensor, scales: Tensor) -> int:
-    """Blocks of a span of `Quantized`, as the shapes say; of one that is all there is, as many as matter."""
+    """Blocks in a span of `Quantized`, by the shapes; if there is only one span, enough for all blocks."""
     needed = -(-codes.shape[1] // scales.shape[1])
     return next(blocks for blocks in SPANS if blocks >= needed)
 
@@ -184,7 +184,7 @@ def stored(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> 
 
 
 def placed(x: Tensor, codes: Tensor, columns: Tensor | None) -> Tensor:
-    """x `[M, K]` as the columns stand in the layout of `Quantized`, `[M, 32 B]`: zero where none does."""
+    """x `[M, K]` with its columns placed as in `Quantized`, `[M, 32 B]`: zero at empty places."""
     if columns is not None:
         return F.pad(x, (0, 1))[:, columns]
     missing = BLOCK * codes.shape[1] - x.shape[1]

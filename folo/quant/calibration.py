@@ -1,4 +1,4 @@
-"""What a quantiser sees of the world: token sequences of a text."""
+"""Calibration data: token sequences of a text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def default_text() -> str:
 
 
 def sequences(tokenizer: Any, text: str, length: int, count: int = 128) -> list[list[int]]:
-    """The text's first `count` whole runs of `length` tokens; all of a shorter text is one.
+    """The text's first `count` whole runs of `length` tokens; a shorter text is one sequence.
 
     Raises ConfigError if the text is empty, or the length or the count less than 1.
     """

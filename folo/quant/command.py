@@ -26,7 +26,9 @@ _DECODE_TOKENS = 64  # whose pace is measured
 def register(commands: Any) -> None:
     _register_quantize(commands)
     parser = commands.add_parser(
-        "eval", help="measure how well models predict a text", description="Measure predictions of a text."
+        "eval",
+        help="measure how well models predict a text",
+        description="Measure how well models predict a text.",
     )
     names = parser.add_subparsers(metavar="NAME", required=True)
     one = names.add_parser(
@@ -50,14 +52,14 @@ def register(commands: Any) -> None:
     for each, run in ((one, _perplexity), (two, _compare)):
         each.add_argument("--text", metavar="FILE", required=True, help="a UTF-8 text file")
         each.add_argument(
-            "--window", type=int, default=1024, metavar="N", help="its tokens (default: %(default)s)"
+            "--window", type=int, default=1024, metavar="N", help="tokens of a window (default: %(default)s)"
         )
         each.add_argument(
             "--stride",
             type=int,
             default=512,
             metavar="N",
-            help="tokens to the next one (default: %(default)s)",
+            help="tokens from one window to the next (default: %(default)s)",
         )
         each.add_argument(
             "--dtype",
@@ -77,13 +79,13 @@ def _register_quantize(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    parser.add_argument("--out", metavar="DIR", required=True, help="a directory that is not there yet")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the directory to make")
     parser.add_argument("--bits", type=int, default=4, metavar="N", help="2, 4 or 8 (default: %(default)s)")
     parser.add_argument(
         "--group-size", type=int, default=128, metavar="N", help="-1: all columns (default: %(default)s)"
     )
-    parser.add_argument("--desc-act", action="store_true", help="columns of the largest inputs first")
-    parser.add_argument("--asym", action="store_true", help="zeros where each group's range puts them")
+    parser.add_argument("--desc-act", action="store_true", help="round columns of the largest inputs first")
+    parser.add_argument("--asym", action="store_true", help="fit each group's zero to its range")
     parser.add_argument(
         "--damp",
         type=float,
@@ -92,7 +94,7 @@ def _register_quantize(commands: Any) -> None:
         help="added to the Hessian's diagonal, relative to its mean (default: %(default)s)",
     )
     parser.add_argument(
-        "--no-clip", action="store_true", help="scales that reach the largest weight of their group"
+        "--no-clip", action="store_true", help="let scales reach the largest weight of their group"
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(

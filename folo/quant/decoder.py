@@ -19,8 +19,8 @@ from folo.ops.packed import Packed
 from folo.ops.stacked import Weight
 from folo.quant.gptq import QuantConfig, gptq, relative_error
 
-_SINK = 1 / 8  # of a sequence: what its first token counts as
-_BLOCK = 16  # K and V of a calibration sequence lie in blocks: the attention op knows no other layout
+_SINK = 1 / 8  # of a sequence's tokens: as many as its first one counts for
+_BLOCK = 16  # tokens: K and V of a calibration sequence lie in blocks, the only layout of the attention op
 
 # report(layer's name, relative error of its output)
 Report = Callable[[str, float], None]
@@ -37,7 +37,7 @@ def quantize(
     """The same decoder with its layers' linear weights quantised by GPTQ; embeddings, norms, biases and the
     output layer as they were.
 
-    Deterministic, for one machine: what decides it are the arguments alone.
+    Deterministic on one machine: the arguments alone decide the result.
 
     Args:
         params: dense, packed or not, on the CPU.
@@ -81,8 +81,8 @@ def quantize(
 def nearest(params: Params, config: QuantConfig | None = None, use_tqdm: bool = True) -> Params:
     """`quantize` without calibration: every weight rounded to nearest. Raises ConfigError as that does.
 
-    config: 4 bits in groups of 128, symmetric, not clipped, if None: by the plain squared error, which is all
-    that can be known here, clipping gives a model that predicts worse.
+    config: 4 bits in groups of 128, symmetric, not clipped, if None. Clipping could only go by the plain
+    squared error here, and a model clipped by that predicts worse.
     """
     config = config or QuantConfig(clip=False)
     _check(params)
@@ -147,11 +147,11 @@ def _attended(config: DecoderConfig, layer: Layer, qkv: Tensor, angles: Tensor) 
 def hessian(inputs: Sequence[Tensor]) -> Tensor:
     """The sum of x xᵀ over the rows `[K]` of sequences `[T, K]`, each of mean square 1, float64 `[K, K]`.
 
-    What counts of a token is its error relative to its size: a few tokens have activations a thousand times
-    those of others (Sun et al. 2024, https://arxiv.org/abs/2402.17762), and would be all that counts. The
-    first of a sequence counts as T / 8: all later ones attend to it, whatever it is (attention sinks, Xiao et
-    al. 2023, https://arxiv.org/abs/2309.17453), and errors that cost nothing elsewhere would be moved there.
-    By ops whose bits do not depend on the number of threads.
+    Rows are normalised, since a few tokens have activations a thousand times those of others (Sun et al.
+    2024, https://arxiv.org/abs/2402.17762) and would be all that counts. The first token of a sequence counts
+    as T / 8 tokens, at least one: all later ones attend to it, whatever it is (attention sinks, Xiao et al.
+    2023, https://arxiv.org/abs/2309.17453), and as a single token it would be given the errors that cost more
+    elsewhere. Computed by ops whose bits do not depend on the number of threads.
     """
     total = torch.zeros((), dtype=torch.float64)
     for rows in map(torch.Tensor.float, inputs):

@@ -15,12 +15,12 @@ from folo.errors import ConfigError
 from folo.model.forward import forward, require_in_vocabulary
 from folo.model.params import Params
 
-_ROWS = 64  # of logits that are looked at together
+_ROWS = 64  # of logits, scored together
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of `tokens` predictions: the mean negative log-probability, in nats."""
+    """nats: the mean negative log-probability of `tokens` predictions."""
 
     nats: float
     tokens: int
@@ -47,13 +47,13 @@ class Comparison:
 def perplexity(
     params: Params, ids: Sequence[int], window: int = 1024, stride: int = 512, use_tqdm: bool = True
 ) -> Perplexity:
-    """Of a text, under windows that slide: every token but the first is predicted once.
+    """The perplexity of a text under sliding windows: every token but the first is predicted once.
 
-    A window has up to `window` tokens and begins `stride` after the one before; what is predicted in it are
-    the tokens that no window before it held.
+    A window has up to `window` tokens and begins `stride` after the one before; it predicts the tokens that
+    no earlier window held.
 
-    Raises ConfigError if there are fewer than two tokens, or one that the model does not have, or the window
-    is not in the model's range, or the stride not in the window's.
+    Raises ConfigError if there are fewer than two tokens, if one is outside the vocabulary, or if not
+    2 <= window <= max_position_embeddings and 1 <= stride < window.
     """
     losses = [
         -ops.pick_logprobs(logits, targets, 0)[0]

@@ -12,9 +12,9 @@ from torch import Tensor
 from folo.errors import ConfigError
 from folo.ops.quantized import BITS, Grouped
 
-_COLUMNS = 128  # rounded before the rest hears of it
-_SMALLEST = 2.0**-24  # that float16 has
-_PARTS = tuple(1 - step / 80 for step in range(1, 40))  # of a group's range, down to half of it
+_COLUMNS = 128  # rounded before their errors are moved to all later columns
+_SMALLEST = 2.0**-24  # the smallest positive float16
+_PARTS = tuple(1 - step / 80 for step in range(1, 40))  # of a group's range, down to about half of it
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class QuantConfig:
     clip: bool = True
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in BITS:  # 4.0 is among them too
+        if type(self.bits) is not int or self.bits not in BITS:  # where 4.0 and 4 are the same
             raise ConfigError(f"bits={self.bits!r}: expected one of {', '.join(map(str, BITS))}")
         if type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1):
             raise ConfigError(f"group_size={self.group_size!r}: expected a positive integer, or -1")
@@ -52,9 +52,9 @@ class QuantConfig:
 
 
 def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> Grouped:
-    """weight `[N, K]`, hessian `[K, K]`: the sum of x xᵀ over the inputs x `[K]`, in any scale -> codes.
+    """Quantise a weight `[N, K]`; hessian `[K, K]`: the sum of x xᵀ over the inputs x `[K]`, in any scale.
 
-    In float64 throughout, on the CPU. With the identity for a Hessian it is rounding to nearest.
+    In float64 throughout, on the CPU. With the identity as Hessian it is rounding to nearest.
     """
     k = weight.shape[1]
     weight, hessian = weight.double(), hessian.double().clone()
@@ -93,7 +93,7 @@ def gptq(weight: Tensor, hessian: Tensor, config: QuantConfig) -> Grouped:
 
 
 def relative_error(weight: Tensor, quantised: Tensor, hessian: Tensor) -> float:
-    """|(W - Q) x|² over |W x|², summed over the inputs that the Hessian is of."""
+    """|(W - Q) x|² over |W x|², each summed over the inputs x of the Hessian."""
     weight, hessian = weight.double(), hessian.double()
     lost = weight - quantised.double()
     return float(((lost @ hessian) * lost).sum() / ((weight @ hessian) * weight).sum())
@@ -107,10 +107,10 @@ def _spread(hessian: Tensor, damp: float) -> Tensor:
 
 
 def _grid(columns: Tensor, spread: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
-    """Scale, as float16 has it, and zero of each row of a group, float64 `[N]`.
+    """Scale, rounded to float16, and zero of each row of a group, float64 `[N]`.
 
-    With `clip` they are those of the part of the range that loses least: the search of the paper's own code
-    (https://github.com/IST-DASLab/gptq, quant.py), by the loss that GPTQ has, its columns taken alone.
+    With `clip`, those of the part of the range that loses least: the search of the paper's own code
+    (https://github.com/IST-DASLab/gptq, quant.py), by GPTQ's loss with each column taken by itself.
     """
     low, high = columns.amin(1).clamp(max=0), columns.amax(1).clamp(min=0)
     scale, zero = _reaching(low, high, config)

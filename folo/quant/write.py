@@ -32,7 +32,7 @@ def write(params: Params, tokenizer: Any, path: Path) -> None:
     """
     check_target(path)
     partial = beside(path)
-    shutil.rmtree(partial, ignore_errors=True)  # another process of this number may have been killed
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process of the same id may have left
     try:
         export(params, partial)
         tokenizer.save_pretrained(partial)

@@ -84,7 +84,7 @@ def _scalar_once(self: Any, value: Any, dtype: Any) -> Any:
 
 
 def _attribute(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
-    """Calls as Triton's do, but past the check that the argument is there which is given here."""
+    """As Triton's, but without its check that `_semantic` is given: it is given here."""
     function, semantic = getattr(member, "__wrapped__", member), TritonSemantic(builder)
 
     def called(*args: Any, **named: Any) -> Any:
@@ -128,10 +128,10 @@ interpreter._patch_attr = _attribute
 tl.block_type.__init__ = _block_type_once
 tl.core._type_for_tuple_values = _tuple_type_once
 interpreter._get_np_dtype = _np_dtype_once
-# Overflow is looked for, and what was found thrown away unless the builder debugs: a third of the time.
+# Looking for overflow takes a third of the time, and the result is thrown away unless the builder debugs.
 interpreter.interpreter_builder.options = replace(
     interpreter.interpreter_builder.options, sanitize_overflow=False
 )
-# The language is patched for each function that is called, and put back behind it: here it stays patched.
+# Triton patches its language for each function that is called, and restores it afterwards: here it stays.
 interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
 interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()

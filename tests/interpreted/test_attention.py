@@ -88,7 +88,7 @@ def _short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[True, False], ids=["merged", "split"])
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Whether one program walks all splits of a tile, or two share them out, and a second kernel merges."""
+    """One program walks all splits of a tile, or two share them and a second kernel merges."""
     count = 1 if request.param else 2
     monkeypatch.setattr(attention, "_programs", lambda tiles, splits, workspace: count)
     return count

@@ -24,7 +24,7 @@ VOCABULARIES = (17, 1000, 4096, 9000)
 
 @pytest.fixture(params=[(4096, 1024), (300, 100), (4, 3)], ids=["listed", "some listed", "few listed"])
 def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many of the likeliest tokens are listed: most searches end in the list, or walk the row."""
+    """How many of the likeliest tokens are listed: most searches end in the list, or have to walk the row."""
     monkeypatch.setattr(warp, "_LISTED", request.param[0])
     monkeypatch.setattr(warp, "_LANES", request.param[1])
 

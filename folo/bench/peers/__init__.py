@@ -15,10 +15,10 @@ from folo.bench.serving import WORKLOADS
 
 @dataclass(frozen=True)
 class Peer:
-    """module: of this package, which runs it. install: what to type into a new virtual environment.
+    """module: the one of this package that runs it. install: the commands for a new virtual environment.
 
-    variables: of the environment that it runs in, beside the caller's. preload: libraries that make it
-    faster, loaded first where they are found.
+    variables: environment variables beside the caller's. preload: libraries that make it faster, preloaded
+    where they are found.
     """
 
     module: str
@@ -28,7 +28,7 @@ class Peer:
     preload: tuple[str, ...] = ()
 
     def environment(self, python: str) -> Mapping[str, str]:
-        """For a process of the interpreter `python`."""
+        """The variables for a process of the interpreter `python`, LD_PRELOAD included."""
         found = [path for name in self.preload if (path := _library(name, python)) is not None]
         return {**dict(self.variables), **({"LD_PRELOAD": ":".join(found)} if found else {})}
 

@@ -11,7 +11,7 @@ _TO_WARM_UP = 64  # prompts: as many as a peer has for it
 
 class _Folo:
     def __init__(self, checkpoint: str, dtype: str, threads: int) -> None:
-        # A script's path begins beside it: without this, another folo would run that is installed, or none.
+        # A script's sys.path begins with its own folder: without this, an installed folo would run, or none.
         sys.path.insert(0, str(Path(__file__).parents[3]))
         import torch
 
@@ -30,7 +30,7 @@ class _Folo:
         if self._prompts != prompts:
             self._empty = None  # before there is another heap: there may be no room for two
             self._prompts, self._empty = prompts, empty(self._params, prompts)
-            if self._params.device.type == "cuda":  # graphs are of a heap: no run captures any that is timed
+            if self._params.device.type == "cuda":  # graphs belong to a heap: no timed run may capture one
                 serve(self._params, self._empty, prompts[:_TO_WARM_UP], self._step)
         run = serve(self._params, self._empty, prompts, self._step)  # the empty state has an empty cache
         return run.first_token, run.total, run.total

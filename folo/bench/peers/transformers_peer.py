@@ -6,7 +6,7 @@ import importlib
 import time
 from typing import Any
 
-_BLOCKS, _BATCH_TOKENS = 1024, 1024  # of continuous batching on a CPU: its own choice is made for GPUs
+_BLOCKS, _BATCH_TOKENS = 1024, 1024  # of continuous batching on a CPU: its defaults are made for GPUs
 _GPU_SHARE = 0.5  # of the memory that is free: folo's heap lies on the same GPU
 
 

@@ -1,8 +1,9 @@
 """`python worker.py MODULE CHECKPOINT DTYPE THREADS`: serve workloads, one line of JSON each way.
 
 It says {"version": ...} when it is ready, or {"missing": module, "python": ...}. Then, for each line
-{"prompts": [[token ids, how many to generate], ...], "cold": whether a prefix cache counts and has to be
-empty}, it answers {"first_token": s, "last_token": s, "total": s}, in seconds from the first submit.
+{"prompts": [[token ids, how many to generate], ...], "cold": whether the workload is for a prefix cache,
+which has to be empty}, it answers {"first_token": s, "last_token": s, "total": s}, in seconds from the first
+submit.
 Runs in the peer's environment: nothing but the standard library is imported here.
 """
 

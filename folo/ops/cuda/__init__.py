@@ -2,9 +2,8 @@
 
 Each op's kernels are in a module of their own, imported at the op's first call: Triton takes long to
 import, and is not there on every machine. What has no kernel runs as the reference, which keeps the
-contract on every device: float64; ops that torch does in as few passes with no sum in them
-(`rope_angles`, and `copy_blocks`, which is indexing by indices that are on the device); and `penalize`,
-whose sums are of integers.
+contract on every device: float64; ops without sums that torch does in as few passes (`rope_angles`, and
+`copy_blocks`, which indexes by tensors on the device); and `penalize`, whose sums are of integers.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def _missing(device: torch.device) -> str | None:
 
 
 def build_key() -> str:
-    """What the kernels are made of: their sources, and Triton. Only where they are `available`."""
+    """A hash of the kernels' sources and Triton's version. Only where they are `available`."""
     digest = sha256(version("triton").encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())

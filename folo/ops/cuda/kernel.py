@@ -63,9 +63,9 @@ class Kernel:
 class Build:
     """A kernel and the types of its arguments, as Triton spells them: `{"x": "*bf16", "m": "i32"}`.
 
-    An argument that is absent (None) has the type "constexpr". Builds with one name in `serves` compute the
-    same rows, whichever is chosen: the same bits, so the same instructions. A `capability`
-    (times ten) says that it is chosen there only.
+    An argument that is absent (None) has the type "constexpr". Builds of the same `serves` may each compute
+    the same rows, so they have to give the same bits, by the same instructions. capability: the only one that
+    it is chosen for, times ten.
     """
 
     kernel: Kernel

@@ -25,7 +25,7 @@ def ordered(x):
 
 @triton.jit
 def value_of(order):
-    """The float32 that `ordered` makes this of."""
+    """The float32 that `ordered` turns into this."""
     return tl.where(order < 0, order ^ 0x7FFFFFFF, order).to(tl.float32, bitcast=True)
 
 

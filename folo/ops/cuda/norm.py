@@ -1,4 +1,4 @@
-"""RMSNorm, and SiLU times the other half: one row, one order."""
+"""RMSNorm, with one order of summation for a row, and the product of SiLU(gate) and up."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _silu_mul(gate_up, out, inner, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 def _norm_kernel(width: int) -> Kernel:
-    """A row of up to 4096 elements is one block, so it is read from memory once."""
+    """A row of up to 4096 elements (1024, if their number is no multiple of 16) is one block."""
     narrow = width <= 1024 or width % 16 != 0
     constants = {"BLOCK": 1024 if narrow else 4096, "ALIGNED": width % 16 == 0}
     return Kernel(_rms_norm, constants, num_warps=4 if narrow else 8)

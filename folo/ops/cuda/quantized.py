@@ -52,7 +52,7 @@ def _product(
     BITS: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of x `[M, 32 blocks]` @ weight.T + bias: of the `reach` steps that are the program's.
+    """One tile of x `[M, 32 blocks]` @ weight.T + bias, over the `reach` steps of K that the program has.
 
     A split is `chunk` steps of STEP blocks; SPAN blocks have one scale.
     """
@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def tiles(self) -> int:
-        """That stand side by side."""
+        """How many lie side by side, to cover N."""
         return -(-self.n // _BLOCK_N)
 
     def tiling(self, m: int) -> tuple[int, bool]:
@@ -140,8 +140,8 @@ class Plan:
 def plan(n: int, blocks: int, bits: int, span: int, dtype: torch.dtype) -> Plan:
     """The plan for a weight of N rows.
 
-    A step is a span, but for what would not fit into registers: more than a block in float32, which no matrix
-    instruction takes, and more than two blocks of 2 bits.
+    A step is a span, unless that would not fit into registers: it has at most one block in float32, which no
+    matrix instruction takes, and at most two blocks of 2 bits.
     """
     step = 1 if dtype == torch.float32 else min(span, bits)
     steps, tiles = -(-blocks // step), -(-n // _BLOCK_N)

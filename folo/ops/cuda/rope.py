@@ -1,4 +1,4 @@
-"""What becomes of queries, keys and values between their product and attention, in one kernel.
+"""From the product of queries, keys and values to attention, in one kernel: norms, rotation, writing K and V.
 
 The angles themselves are the reference's: torch's cos and sin on a GPU reduce large arguments exactly and
 see one element each, so they keep the contract; and they run once a step, not once a layer.

@@ -1,7 +1,7 @@
 """Drawing and scoring tokens, one program a row: what `folo.ops.sampler` describes, on a GPU.
 
-Programs that share a row would read it faster, but have to be launched anew for each of three passes, since
-each needs what the one before found in the whole row.
+Several programs to a row would read it faster, but would have to be launched three times: each pass needs
+what the one before found in the whole row.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Nothing is sorted. The least token that is kept is found by bisection: over the float32 values, in the order
 of their bits, then over the ids that have that value. Each step counts or weighs tokens, in integers, which
-add up to the same in any order. To spare it the whole row at every step, the likeliest tokens, a thousand
+add up to the same in any order. So that a step need not walk the whole row, the likeliest tokens, a thousand
 or some more, are listed first; only where the answer is not among them (a flat distribution, many ties)
-does a step walk the row, with the same result.
+is the row itself walked, with the same result.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from folo.ops.cuda.logits import (
 )
 
 _LISTED = 4096  # tokens that the list has room for
-_LANES = 1024  # whose largest logit is in the list
+_LANES = 1024  # as many lanes, at least, have their largest logit in the list
 
 
 @triton.jit
 def _lane_bound(tops, lanes):
-    """The least of the `lanes` largest: as many tokens reach it, and few more where they lie anywhere."""
+    """The `lanes`-th largest top: at least so many tokens reach it, and few more if these are scattered."""
     low, high = tl.full((), NEGATIVE_INF, tl.int64), tl.max(tops).to(tl.int64)
     while low < high:
         middle = low + (high - low + 1) // 2
