@@ -117,7 +117,7 @@ def _lacks_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     return _half(device, dtype)
 
 
-_UNPROVEN = "it is not shown to keep a row's bits independent of what else is computed"
+_UNPROVEN = "it is not shown that a row's bits do not depend on what else is computed"
 
 _FLASH_HEAD_DIMS = range(8, 257, 8)
 
