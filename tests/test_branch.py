@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import folo
+from folo import detokenize
 from folo.sampling import Context
 
 
@@ -387,6 +388,21 @@ def test_branches_have_the_text_and_the_stops_of_their_own_tokens(tiny: folo.Par
             oracle.verify([recipe.forked(kept, tokens)], outputs[id])
         assert outputs["b"].outputs[0].stop_reason == stop
         assert len(outputs["c"].outputs[0].token_ids) > kept - 9 + len(forced), "a forced stop stops nothing"
+
+
+def test_what_children_keep_is_decoded_once_for_all(
+    tiny: folo.Params, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = started(tiny, replace(LONG, stop=["never"]), steps=6, tokenizer=tokenizer)
+    decoded, advance = list[int](), detokenize.advance
+
+    def counted(tokenizer: Any, state: Any, new_ids: Any) -> Any:
+        decoded.extend(new_ids)
+        return advance(tokenizer, state, new_ids)
+
+    monkeypatch.setattr(detokenize, "advance", counted)
+    folo.fork(state, "a", ["b", "c", "d"], keep=12, append=[[], [40], [50]])
+    assert decoded == [*ids_of(state, "a")[: 12 - 9], 40, 50]
 
 
 def test_the_same_fork_twice_is_the_same_twice_and_the_parent_never_notices(tiny: folo.Params) -> None:

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from folo import detokenize
+from folo.detokenize import TextState
 from folo.errors import RequestError
 from folo.request import integers
 from folo.state.engine import EngineState, Held
@@ -68,11 +69,12 @@ def fork(
         raise RequestError(f"fork of {id!r}: children={children!r} is not a list of different ids")
     forced = _forced(state, id, append, len(children))
     own = _seeds(parent, seeds, len(children))
+    text = _kept_text(state, parent, keep)
     running, waiting, pool, requests = list[Sequence](), list[Sequence](), state.pool, state.requests
     num_free = state.scheduler.max_num_seqs - len(state.running)
     for number, (child, tokens, seed) in enumerate(zip(children, forced, own, strict=True)):
         arrival = state.arrivals + number
-        sequence = _child(state, parent, child, arrival, keep, tokens, seed)
+        sequence = _child(state, parent, child, arrival, keep, text, tokens, seed)
         requests = requests.set(child, Held(sequence.origin.request, arrival))
         if sequence.num_computed and len(running) < num_free:
             running.append(sequence)
@@ -189,15 +191,26 @@ def _seeds(parent: Sequence, seeds: Items[int | None] | None, count: int) -> lis
     return [None if seed is None else replace(params, seed=seed).seed for seed in seeds]
 
 
+def _kept_text(state: EngineState, parent: Sequence, keep: int) -> TextState | None:
+    """As `Sequence.text`, of the first `keep` tokens. Decodes them, so once for all children."""
+    origin = parent.origin
+    if keep == parent.tokens.length and parent.finish_reason is None:
+        return parent.text
+    text, ids = text_before(state, origin.request), parent.tokens[origin.num_prompt : keep]
+    return None if text is None else detokenize.advance(state.tokenizer, text, ids)
+
+
 def _child(
     state: EngineState,
     parent: Sequence,
     id: str,
     arrival: int,
     keep: int,
+    text: TextState | None,
     forced: list[int],
     seed: int | None,
 ) -> Sequence:
+    """text: that of the tokens kept."""
     old, params = parent.origin, parent.origin.request.sampling
     if params.n > 1 or params.best_of is not None:
         params = replace(params, n=1, best_of=None if params.best_of is None else 1)
@@ -208,15 +221,12 @@ def _child(
     tokens = parent.tokens.first(keep)
     if forced:
         tokens = tokens.extend(forced)
+        text = None if text is None else detokenize.advance(state.tokenizer, text, forced)
     if tokens.length >= origin.max_length:
         raise RequestError(
             f"fork of {parent.id!r}: {tokens.length} tokens leave no room for output: max_tokens "
             f"and max_model_len end it at {origin.max_length}; keep fewer"
         )
-    whole = keep == parent.tokens.length and parent.finish_reason is None
-    text = parent.text if whole else text_before(state, request)
-    if text is not None:
-        text = detokenize.advance(state.tokenizer, text, tokens[keep if whole else old.num_prompt :])
     known = parent.digests.first(keep // state.cache.block_size)
     scores = _scores(parent, origin, tokens, keep)
     sequence = evolve(
