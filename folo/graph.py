@@ -176,7 +176,7 @@ def _fitted(inputs: Inputs, size: int, kind: Kind) -> Inputs:
 def bucketed(inputs: Inputs, widest: int) -> Inputs:
     """Padded to one of few shapes, for what is compiled for shapes; its tiles of rows stay as they are."""
     width = table_width(inputs.block_tables.shape[1], widest)
-    if (wanted := inputs.logits_rows) is not None:  # two at least: none, and one, would be compiled apart
+    if (wanted := inputs.logits_rows) is not None:  # two at least: one would be compiled apart
         extra = bucket(max(2, wanted.shape[0])) - wanted.shape[0]
         inputs = replace(inputs, logits_rows=F.pad(wanted, (0, extra)))
     return padded(inputs, bucket(inputs.token_ids.shape[0]), bucket(inputs.seq_lens.shape[0] + 1), width)

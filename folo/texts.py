@@ -20,6 +20,9 @@ class Texts:
         self._known = WeakKeyDictionary[Origin, tuple[Log[int], int, TextState]]()
         self._pieces: dict[int, str | None] = {}
 
+    def __reduce__(self) -> tuple[type[Texts], tuple[()]]:
+        return Texts, ()  # a pickled engine remembers nothing: weak references cannot be pickled
+
     def text(self, tokenizer: Any, sequence: Sequence) -> str:
         """`text_of`, decoding only the tokens that are new since the last call."""
         if tokenizer is None or not sequence.origin.request.sampling.detokenize or sequence.text is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,17 @@ from folo import LLM, LLMEngine, RequestError, SamplingParams
 
 
 class TestEngine:
+    def test_can_be_pickled_between_two_steps(self, engine: LLMEngine) -> None:
+        engine.add_request("a", "the cat", SEEDED)
+        assert not engine.step()[0].finished
+        ends = []
+        for one in (pickle.loads(pickle.dumps(engine)), engine):
+            outputs = []
+            while one.has_unfinished_requests():
+                outputs += one.step()
+            ends.append((outputs[-1].outputs, outputs[-1].finished))
+        assert ends[0] == ends[1]
+
     def test_one_prompt_in_one_output_out(self, engine: LLMEngine) -> None:
         one, many = engine.generate("the cat", SEEDED), engine.generate(["the cat", [5, 6]], SEEDED)
         assert isinstance(one, folo.RequestOutput)

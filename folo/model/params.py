@@ -58,7 +58,10 @@ LINEARS = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-"""The modules of a `Layer` in transformers, by its fields; those of one linear layer read the same input."""
+"""The modules of a `Layer` in transformers, by its fields; those of one linear layer read the same input.
+
+A norm that the model lacks is None.
+"""
 
 
 def in_groups(layers: Iterable[tuple[Layer, Tensor]]) -> tuple[list[Tensor], list[int]] | None:

@@ -19,6 +19,7 @@ from folo.state.log import Log
 from folo.state.queues import queued
 from folo.state.sequence import Origin, Sequence, TokenLogprobs
 
+# What a sequence that goes on as another has not to begin with.
 _GOES_ON: dict[str, Any] = {"num_cached": None, "finish_reason": None, "stop_reason": None, "stopped": False}
 
 
@@ -250,7 +251,7 @@ def _scores(parent: Sequence, origin: Origin, tokens: Log[int], keep: int) -> Lo
     if origin.scored_from < old.scored_from or (parent.foreign and keep <= old.num_prompt):
         return Log()
     scores = parent.scores.first(at)
-    if keep >= min(tokens.length, origin.scored_to) or not parent.foreign <= at < parent.scores.length:
+    if keep == tokens.length or not parent.foreign <= at < parent.scores.length:
         return scores
     if origin.stream != old.stream and origin.request.sampling.logits_processors:
         return scores  # they may look at the sample index

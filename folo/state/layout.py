@@ -52,7 +52,7 @@ def inputs_of(bound: Bound) -> Inputs:
         block_tables=_put(tables, np.int32),
         copy_source=_put([source.index for source, _ in bound.copies], np.int64),
         copy_target=_put([target.index for _, target in bound.copies], np.int64),
-        # If none is wanted, one is computed for nothing: of none, a compiler makes a case of its own.
+        # If none is wanted, one is computed for nothing: a compiler would specialise on an empty index.
         logits_rows=None if len(wanted) == len(positions) else _put(wanted or [0], np.int64),
         rows=_tiled(bound.batch),
         source=None if source is None else _put(source, np.int64),

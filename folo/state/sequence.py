@@ -56,7 +56,7 @@ class TokenLogprobs:
         return TokenLogprobs(logprob, rank, self.top_ids, self.top_logprobs)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # compared by identity: equal ones of two states are not one sequence
 class Origin:
     """What never changes about a sequence. Positions are absolute: the prompt's first token is at 0."""
 
