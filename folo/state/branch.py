@@ -19,7 +19,7 @@ from folo.state.log import Log
 from folo.state.queues import queued
 from folo.state.sequence import Origin, Sequence, TokenLogprobs
 
-# What a sequence that goes on as another has not to begin with.
+# What a sequence begins anew with when it goes on from another.
 _GOES_ON: dict[str, Any] = {"num_cached": None, "finish_reason": None, "stop_reason": None, "stopped": False}
 
 
@@ -247,7 +247,7 @@ def _child(
 def _scores(parent: Sequence, origin: Origin, tokens: Log[int], keep: int) -> Log[TokenLogprobs]:
     """The parent's scores as far as they are the child's: of the tokens kept, and of the first one forced."""
     old, at = parent.origin, keep - parent.origin.scored_from
-    # A later sample's child scores the prompt itself. A prompt alone is scored by the weights of now.
+    # The child of a later sample scores the prompt itself; after `rebind`, the new weights a prompt alone.
     if origin.scored_from < old.scored_from or (parent.foreign and keep <= old.num_prompt):
         return Log()
     scores = parent.scores.first(at)

@@ -32,6 +32,7 @@ def describe(state: EngineState, blocks: Items[Block]) -> Document:
         RequestError: a request has logits processors without a name (`folo.sampling.named`).
     """
     helds = state.all_held()
+    sequences = [*state.running, *state.waiting, *(s for held in helds for s in held.ended)]
     number = {held.request.id: n for n, held in enumerate(helds)}
     place = {block.index: n for n, block in enumerate(blocks)}
     filled = state.filled()
@@ -45,13 +46,9 @@ def describe(state: EngineState, blocks: Items[Block]) -> Document:
         "requests": [_request(held) for held in helds],
         "num_running": len(state.running),
         "num_waiting": len(state.waiting),
-        "sequences": [_sequence(s, number[s.id], place) for s in _sequences_of(state)],
+        "sequences": [_sequence(s, number[s.id], place) for s in sequences],
         "blocks": [_block(block, state, filled) for block in blocks],
     }
-
-
-def _sequences_of(state: EngineState) -> list[Sequence]:
-    return [*state.running, *state.waiting, *(s for held in state.all_held() for s in held.ended)]
 
 
 def _request(held: Held) -> Document:
